@@ -1,0 +1,2881 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["click>=8.1"]
+# ///
+"""queuectl: a background job queue for commands, in one file, over one SQLite table.
+
+    queuectl enqueue -- make report      # on disk once its id is printed
+    queuectl worker start --count 4      # four processes that outlive the terminal
+    queuectl status                      # is it working, and what should I do
+
+What makes it right:
+
+1. `jobs` is the truth. A state changes only inside a transaction of the store, and every
+   change that ends an attempt names its worker and its attempt: a late one changes nothing.
+2. A worker lives exactly as long as its bell has a listener, which the system ends with the
+   process. Neither a process id nor elapsed time is ever taken for life or death.
+3. A dead worker's job is tried again only after all that it left running has been ended,
+   found by the mark that each attempt carries in its environment.
+4. A worker that cannot record a result keeps it and tries again; it never runs the command
+   a second time for it.
+
+The file, from top to bottom; a section uses only those above it:
+
+    errors          what can go wrong, and the exit code of each
+    the job         states, fields, what input is legal, row to job and back
+    settings        typed configuration, and when a failed job runs again
+    schema          migrations, append-only
+    store           all SQL, all of sqlite3
+    platform        every difference between systems: spawn, end a tree, wait, wake
+    running         one attempt, from command to outcome
+    worker          claim, run, record
+    workers         starting, stopping and waking workers
+    views           jobs and counts to text or JSON
+    commands        click, and nothing else knows click
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import enum
+import errno
+import functools
+import json
+import math
+import os
+import re
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+
+import click
+
+__version__ = "1.0.0"
+
+LOOK_S = 0.25  # how often a worker looks for what no bell told it
+RECOVER_S = 1.0  # how often a worker looks for workers that died
+PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
+WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
+STOP_LOOK_S = 0.02  # how often `worker stop` looks whether they are gone
+LIST_ROWS = 100  # rows that a table shows unless told
+MAX_COMMAND_BYTES = 128 * 1024
+MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day that datetime knows
+EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127, 126, 75, 124, 130
+
+
+# ======================================================================== errors
+
+
+class QueueError(Exception):
+    """Something could not be done: said in one line on stderr, nothing has changed."""
+
+    exit_code = 1
+
+
+class BadInput(QueueError):
+    """What was given is not legal."""
+
+    exit_code = 2
+
+
+class NotFound(QueueError):
+    """There is no job, worker or key of that name."""
+
+
+class StoreError(QueueError):
+    """The database cannot be used as it is."""
+
+
+class StoreBusy(StoreError):
+    """Another program held the database for longer than we wait."""
+
+
+# ======================================================================== the job
+
+
+class State(str, enum.Enum):
+    """Where a job stands; design.md has the diagram."""
+
+    PENDING = "pending"  # waits for a worker, a time, a parent or its release
+    PROCESSING = "processing"  # an attempt is under way
+    COMPLETED = "completed"  # an attempt ended well
+    FAILED = "failed"  # an attempt failed and a retry is due
+    DEAD = "dead"  # retries used up, or never to be retried: the dead letter queue
+    CANCELLED = "cancelled"  # somebody said that it shall not run
+
+
+WAITING = (State.PENDING, State.FAILED)
+ENDED = (State.COMPLETED, State.DEAD, State.CANCELLED)
+
+
+class Job(NamedTuple):
+    """One row of `jobs`, in the order of its columns. Moments are milliseconds since 1970, UTC."""
+
+    seq: int  # order of enqueueing; never used twice
+    id: str
+    command: str | list[str]  # a line for the shell, or a program and its arguments
+    priority: int
+    max_retries: int | None  # None here and in the next two: the setting of that name
+    timeout: float | None  # seconds
+    backoff_base: float | None
+    run_at: int | None
+    queue: str
+    tag: str | None
+    key: str | None
+    cwd: str
+    env: dict[str, str] | None
+    after: list[str] | None
+    hold: bool
+    on_lost: str
+    ok_codes: list[int] | None
+    no_retry_codes: list[int] | None
+    snooze: bool
+    state: State
+    attempts: int  # attempts that count, the one under way included
+    blockers: int  # parents that have not completed
+    due_at: int | None  # not to be started before; None once that has passed
+    doomed_by: int | None  # seq of the parent that took it along to the dead
+    cancelling: bool  # the attempt under way is to be ended, and the job with it
+    created_at: int
+    updated_at: int
+    started_at: int | None  # of the newest attempt
+    finished_at: int | None  # when the job ended
+    exit_code: int | None  # of the newest attempt
+    error: str | None
+    worker: int | None  # of the newest attempt
+
+    @property
+    def mark(self) -> str:
+        """What tells this attempt from every other of this home, in any environment."""
+        return f"{self.seq}.{self.started_at}"
+
+
+COLUMNS = Job._fields
+JSON_COLUMNS = ("command", "env", "after", "ok_codes", "no_retry_codes")
+_JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
+_STATE_PLACE = COLUMNS.index("state")
+
+
+def job_from_row(row: Sequence[Any]) -> Job:
+    """The job that a row of COLUMNS holds; ValueError for a state that does not exist."""
+    values = list(row)
+    for place in _JSON_PLACES:
+        if values[place] is not None:
+            values[place] = json.loads(values[place])
+    values[_STATE_PLACE] = State(values[_STATE_PLACE])
+    return Job._make(values)
+
+
+class Attempt(NamedTuple):
+    """What is kept of an attempt that has ended."""
+
+    number: int  # the job's `attempts` while it ran
+    worker: int
+    started_at: int
+    ended_at: int
+    exit_code: int | None
+    signal: int | None
+    error: str | None
+    max_rss: int | None  # bytes, of its largest process
+    cpu_s: float | None
+    log_start: int | None  # where its output begins and ends in the log, bytes
+    log_end: int | None
+
+
+Spec = dict[str, Any]  # the fields of a job to be, checked, as columns hold them
+_Check = Callable[[Any], Any]
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
+_DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?")
+_DURATION = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:ms|[smhdw])?")
+_UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def _text(value: Any) -> str:
+    """A string that a command line, a file name and the database can all hold."""
+    if not isinstance(value, str):
+        raise BadInput("must be a string")
+    if "\0" in value:
+        raise BadInput("must not contain a NUL character")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadInput("is not valid Unicode") from None
+    return value
+
+
+def _name(value: Any) -> str:
+    if not _NAME.fullmatch(_text(value)):
+        raise BadInput(
+            "must be 1 to 128 of letters, digits, '.', '_' and '-', start with a letter or digit and not end in '.'"
+        )
+    return str(value)
+
+
+def _id(value: Any) -> str:
+    """A name that is also a file name everywhere: Windows keeps some for devices, with any ending."""
+    if _DEVICE.fullmatch(_name(value)):
+        raise BadInput("is a device name on Windows; choose another")
+    return str(value)
+
+
+def _command(value: Any) -> str | list[str]:
+    words = value if isinstance(value, list) else [value]
+    if not words or not all(isinstance(word, str) for word in words):
+        raise BadInput("must be a string, or a list of strings")
+    if not words[0].strip():
+        raise BadInput("must not be empty")
+    if sum(len(_text(word).encode()) + 1 for word in words) > MAX_COMMAND_BYTES:
+        raise BadInput(f"must not be longer than {MAX_COMMAND_BYTES} bytes; put it in a script")
+    return words if isinstance(value, list) else words[0]
+
+
+def _integer(low: int, high: int) -> _Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise BadInput(f"must be an integer from {low} to {high}")
+        return int(value)
+
+    return check
+
+
+def _number(low: float, *, above: bool = False, high: float = MAX_SECONDS) -> _Check:
+    def check(value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high or (above and value == low):
+            raise BadInput(f"must be a number {'above' if above else 'of at least'} {low:g}")
+        return float(value)
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadInput("must be true or false")
+    return value
+
+
+def _choice(*words: str) -> _Check:
+    def check(value: Any) -> str:
+        if value not in words:
+            raise BadInput("must be " + " or ".join(repr(word) for word in words))
+        return str(value)
+
+    return check
+
+
+def _list_of(check: _Check, what: str) -> _Check:
+    def check_all(value: Any) -> list[Any] | None:
+        if not isinstance(value, list):
+            raise BadInput(f"must be a list of {what}")
+        return [check(item) for item in value] or None
+
+    return check_all
+
+
+def _environment(value: Any) -> dict[str, str] | None:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise BadInput("must be an object of strings")
+    for key, item in value.items():
+        if not key or "=" in _text(key):
+            raise BadInput(f"has a name that no variable can have: {key!r}")
+        _text(item)
+    return value or None
+
+
+def _moment(value: Any) -> int:
+    """Unix seconds or ISO 8601 (without a zone: local time) to milliseconds since 1970."""
+    if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            value = datetime.datetime.fromisoformat(re.sub("[Zz]$", "+00:00", value)).timestamp()
+    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
+        raise BadInput("must be Unix seconds, or a time like 2030-01-31T18:00")
+    return int(value * 1000)
+
+
+def _directory(value: Any) -> str:
+    if not _text(value):
+        raise BadInput("must not be empty")
+    return str(value)
+
+
+def parse_number(text: str) -> int | float:
+    """The number that a word of the command line means."""
+    try:
+        return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else float(text)
+    except ValueError:
+        raise BadInput(f"must be a number, not {text!r}") from None
+
+
+def parse_duration(text: str) -> int | float:
+    """Seconds, from `90`, `90s`, `10m`, `1h30m` or `7d`."""
+    parts = _DURATION.findall(text.strip().lower())
+    if not parts or "".join(parts) != text.strip().lower() or (len(parts) > 1 and not parts[-1][-1].isalpha()):
+        raise BadInput(f"must be a duration like 90, 90s, 10m, 1h30m or 7d, not {text!r}")
+    units = [(part, part.lstrip("0123456789.")) for part in parts]
+    total = sum(float(part.removesuffix(unit)) * _UNIT_S[unit or "s"] for part, unit in units)
+    return int(total) if total == int(total) else total
+
+
+def _parse_moment(text: str) -> int | float | str:
+    return parse_number(text) if re.fullmatch(r"\d+(\.\d*)?", text) else text
+
+
+def _parse_environment(words: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (word.partition("=") for word in words)}
+
+
+def _parse_codes(text: str) -> list[int | float]:
+    return [parse_number(word) for word in text.split(",")]
+
+
+class Field(NamedTuple):
+    """A field that `enqueue` takes: how its value is checked, how its option is read."""
+
+    check: _Check
+    help: str
+    parse: Callable[[Any], Any] = str
+    kind: str = "one"  # of option: "one", "many" or "flag"
+    metavar: str = "TEXT"
+
+
+FIELDS = {
+    "id": Field(_id, "Its name; made up where absent.", metavar="ID"),
+    "command": Field(_command, "A line for the shell, or a program and its arguments."),
+    "priority": Field(_integer(-(2**31), 2**31 - 1), "Higher runs first; default 0.", parse_number, metavar="N"),
+    "max_retries": Field(_integer(0, 2**31 - 1), "Retries after the first attempt.", parse_number, metavar="N"),
+    "timeout": Field(_number(0), "Longest time of an attempt, 0 for none.", parse_duration, metavar="TIME"),
+    "run_at": Field(_moment, "Not before: Unix seconds or ISO 8601.", _parse_moment, metavar="WHEN"),
+    "delay": Field(_number(0), "Not before this long from now.", parse_duration, metavar="TIME"),
+    "backoff_base": Field(_number(0, above=True), "Wait this ** n after failed attempt n.", parse_number, metavar="N"),
+    "queue": Field(_name, "The queue that it waits in; default `default`.", metavar="Q"),
+    "tag": Field(_name, "A label to select by.", metavar="T"),
+    "key": Field(_name, "One job of this key at a time: another enqueues nothing.", metavar="K"),
+    "cwd": Field(_directory, "Where it runs; default: here.", metavar="DIR"),
+    "env": Field(_environment, "A variable for it; K alone: as it is here.", _parse_environment, "many", "K=V"),
+    "after": Field(_list_of(_id, "ids"), "Start only once this job has completed.", list, "many", "ID"),
+    "hold": Field(_flag, "Wait until `release`.", bool, "flag"),
+    "on_lost": Field(_choice("retry", "dead"), "If its worker dies: retry, or dead.", metavar="WHAT"),
+    "ok_codes": Field(_list_of(_integer(0, 2**32 - 1), "integers"), "Exit codes that complete it.", _parse_codes),
+    "no_retry_codes": Field(
+        _list_of(_integer(0, 2**32 - 1), "integers"), "Exit codes that make it dead at once.", _parse_codes
+    ),
+    "snooze": Field(_flag, "Exit code 75: back for its backoff, the attempt not counted.", bool, "flag"),
+}
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The end of an error about an unknown word: what was probably meant."""
+    import difflib  # needed only where something is wrong already
+
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_fields(fields: Any) -> Spec:
+    """The spec that a JSON object or the options name. BadInput says which field is wrong and why."""
+    if not isinstance(fields, dict):
+        raise BadInput("a job must be a JSON object like {\"command\": \"echo hello\"}")
+    spec: Spec = {}
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise BadInput(f"unknown field {printable(name)!r}{nearest(name, FIELDS)}")
+        try:
+            spec[name] = FIELDS[name].check(value)
+        except BadInput as error:
+            raise BadInput(f"field {name!r} {error}") from None
+    if "command" not in spec:
+        raise BadInput("field 'command' is missing")
+    if "delay" in spec and "run_at" in spec:
+        raise BadInput("fields 'delay' and 'run_at' exclude each other")
+    return spec
+
+
+def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the options of a command line name, as JSON would name them."""
+    fields = {}
+    for name, given in options.items():
+        if given in (None, (), False):
+            continue
+        try:
+            fields[name] = FIELDS[name].parse(given)
+        except BadInput as error:
+            raise BadInput(f"--{name.replace('_', '-')} {error}") from None
+    return fields
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise BadInput("a field is named twice")
+    return fields
+
+
+def _no_constant(word: str) -> Any:
+    raise BadInput(f"{word} is not a JSON number")
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant).decode
+
+
+def parse_job(text: str) -> Any:
+    """What a JSON text holds. BadInput points at the place where it breaks."""
+    try:
+        return _decode_json(text)
+    except json.JSONDecodeError as error:
+        eaten = "{" in text and '"' not in text
+        hint = "; the shell has eaten its quotes: use `enqueue -- COMMAND`" if eaten else ""
+        near = printable(text[max(0, error.pos - 10) : error.pos + 20])
+        raise BadInput(f"not valid JSON, {error.msg} at character {error.pos + 1} (near {near!r}){hint}") from None
+    except (RecursionError, ValueError):
+        raise BadInput("not valid JSON: nested too deep, or a number too long") from None
+
+
+def read_batch(lines: Iterable[bytes], defaults: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
+    """The specs of JSON Lines, each with the name of its line; blank lines are passed over."""
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            fields = parse_job(text) if text else None
+            if text:
+                yield f"line {number}: ", check_fields({**defaults, **fields} if isinstance(fields, dict) else fields)
+        except UnicodeDecodeError:
+            raise BadInput(f"line {number}: is not UTF-8") from None
+        except BadInput as error:
+            raise BadInput(f"line {number}: {error}") from None
+
+
+def printable(text: str) -> str:
+    """Text with its control characters escaped, so that it cannot drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def command_line(command: str | list[str]) -> str:
+    """A command as one would type it."""
+    import shlex
+
+    return command if isinstance(command, str) else shlex.join(command)
+
+
+# ======================================================================== settings
+
+
+class Settings(NamedTuple):
+    """The configuration of a home, with the default of each key."""
+
+    backoff_base: float = 2.0
+    backoff_max: float = 0.0
+    backoff_jitter: float = 0.0
+    max_retries: int = 3
+    job_timeout: float = 30.0
+    kill_grace: float = 5.0
+    log_max_bytes: int = 0
+    on_complete: str = ""
+    on_dead: str = ""
+
+
+class Setting(NamedTuple):
+    """A config key: how a text is read, how its value is checked."""
+
+    parse: Callable[[str], Any]
+    check: _Check
+    help: str
+
+
+SETTINGS = {
+    "backoff_base": Setting(parse_number, _number(0, above=True), "wait this ** n seconds after failed attempt n"),
+    "backoff_max": Setting(parse_duration, _number(0), "longest backoff in seconds, 0 for no limit"),
+    "backoff_jitter": Setting(parse_number, _number(0, high=1), "fraction of the backoff that chance adds"),
+    "max_retries": Setting(parse_number, _integer(0, 2**31 - 1), "retries after the first attempt"),
+    "job_timeout": Setting(parse_duration, _number(0), "seconds that an attempt may run, 0 for no limit"),
+    "kill_grace": Setting(parse_duration, _number(0, high=3600), "seconds between SIGTERM and SIGKILL"),
+    "log_max_bytes": Setting(parse_number, _integer(0, 2**62), "bytes that a job's log may hold, 0 for no limit"),
+    "on_complete": Setting(str, _text, "shell command to run after a job has completed"),
+    "on_dead": Setting(str, _text, "shell command to run after a job has died"),
+}
+
+
+def setting_key(name: str) -> str:
+    """The key that a name means: `max-retries` is `max_retries`. NotFound names the nearest."""
+    key = name.replace("-", "_")
+    if key not in SETTINGS:
+        raise NotFound(f"no config key {printable(name)!r}{nearest(key, SETTINGS)}")
+    return key
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value that a text means for a key; BadInput where it means none."""
+    key = setting_key(name)
+    try:
+        return SETTINGS[key].check(SETTINGS[key].parse(text))
+    except BadInput as error:
+        raise BadInput(f"{key} {error}") from None
+
+
+class End(enum.Enum):
+    """What brought an attempt to its end."""
+
+    EXITED = "exited"  # its command, by itself or by somebody else's signal
+    NOT_STARTED = "not started"  # there was nothing to run
+    TIMED_OUT = "timed out"
+    LOST = "lost"  # its worker died
+    GIVEN_BACK = "given back"  # its worker was told to leave at once
+    CANCELLED = "cancelled"
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended."""
+
+    end: End
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    max_rss: int | None = None  # bytes
+    cpu_s: float | None = None
+    log_start: int | None = None
+    log_end: int | None = None
+
+
+class Verdict(NamedTuple):
+    """What becomes of a job after an attempt."""
+
+    state: State
+    attempts: int
+    due_at: int | None = None
+
+
+def backoff_s(job: Job, settings: Settings, chance: float) -> float:
+    """Seconds to wait after failed attempt n: base ** n, capped, plus a random part (chance is 0 to 1)."""
+    base = job.backoff_base if job.backoff_base is not None else settings.backoff_base
+    try:
+        delay = base**job.attempts
+    except OverflowError:
+        delay = math.inf
+    delay = min(delay, settings.backoff_max or math.inf, MAX_SECONDS / 10)
+    return delay * (1 + settings.backoff_jitter * chance)
+
+
+def judge(job: Job, outcome: Outcome, settings: Settings, now: int, chance: float) -> Verdict:
+    """What becomes of a job whose attempt ended so. Pure: the time and the dice are given."""
+    retries = job.max_retries if job.max_retries is not None else settings.max_retries
+    later = now + round(backoff_s(job, settings, chance) * 1000)
+    code = outcome.exit_code
+    if outcome.end is End.EXITED and (code == 0 or code in (job.ok_codes or ())):
+        return Verdict(State.COMPLETED, job.attempts)
+    if job.cancelling:
+        return Verdict(State.CANCELLED, job.attempts)
+    if outcome.end is End.GIVEN_BACK:
+        return Verdict(State.PENDING, job.attempts - 1)
+    if outcome.end is End.EXITED and code == EX_TEMPFAIL and job.snooze:
+        return Verdict(State.PENDING, job.attempts - 1, later)
+    final = code in (job.no_retry_codes or ()) or (outcome.end is End.LOST and job.on_lost == "dead")
+    if final or job.attempts > retries:
+        return Verdict(State.DEAD, job.attempts)
+    return Verdict(State.FAILED, job.attempts, None if outcome.end is End.LOST else later)
+
+
+# ======================================================================== schema
+
+APPLICATION_ID = 0x71637431  # "qct1", so that a stranger's database is told from ours
+
+# Append-only; a database's position in this list is its `PRAGMA user_version`.
+MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "1: the queue",
+        (
+            f"PRAGMA application_id = {APPLICATION_ID}",
+            # One line for each column stands at the class Job.
+            """CREATE TABLE jobs (
+                seq INTEGER PRIMARY KEY AUTOINCREMENT,
+                id TEXT NOT NULL UNIQUE COLLATE NOCASE,
+                command TEXT NOT NULL,
+                priority INTEGER NOT NULL DEFAULT 0,
+                max_retries INTEGER,
+                timeout REAL,
+                backoff_base REAL,
+                run_at INTEGER,
+                queue TEXT NOT NULL DEFAULT 'default',
+                tag TEXT,
+                key TEXT,
+                cwd TEXT NOT NULL,
+                env TEXT,
+                after TEXT,
+                hold INTEGER NOT NULL DEFAULT 0,
+                on_lost TEXT NOT NULL DEFAULT 'retry',
+                ok_codes TEXT,
+                no_retry_codes TEXT,
+                snooze INTEGER NOT NULL DEFAULT 0,
+                state TEXT NOT NULL DEFAULT 'pending' CHECK (
+                    state IN ('pending', 'processing', 'completed', 'failed', 'dead', 'cancelled')),
+                attempts INTEGER NOT NULL DEFAULT 0,
+                blockers INTEGER NOT NULL DEFAULT 0,
+                due_at INTEGER,
+                doomed_by INTEGER,
+                cancelling INTEGER NOT NULL DEFAULT 0,
+                created_at INTEGER NOT NULL,
+                updated_at INTEGER NOT NULL,
+                started_at INTEGER,
+                finished_at INTEGER,
+                exit_code INTEGER,
+                error TEXT,
+                worker INTEGER,
+                -- May it be claimed? Derived, so that it cannot be wrong.
+                ready INTEGER GENERATED ALWAYS AS (
+                    state IN ('pending', 'failed') AND hold = 0 AND blockers = 0 AND due_at IS NULL) VIRTUAL
+            )""",
+            # The claim reads the first entry of each queue, promotion the first that came due.
+            "CREATE INDEX jobs_ready ON jobs (queue, priority DESC, seq) WHERE ready",
+            "CREATE INDEX jobs_due ON jobs (due_at) WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0",
+            "CREATE INDEX jobs_state ON jobs (state, seq)",
+            "CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL",
+            # The lock on a key is the row itself: it cannot go stale.
+            """CREATE UNIQUE INDEX jobs_key ON jobs (key)
+                WHERE key IS NOT NULL AND state IN ('pending', 'processing', 'failed')""",
+            # One line for each column stands at the class Attempt; n counts the rows of a job.
+            """CREATE TABLE attempts (
+                job INTEGER NOT NULL, n INTEGER NOT NULL, number INTEGER NOT NULL, worker INTEGER NOT NULL,
+                started_at INTEGER NOT NULL, ended_at INTEGER NOT NULL, exit_code INTEGER, signal INTEGER, error TEXT,
+                max_rss INTEGER, cpu_s REAL, log_start INTEGER, log_end INTEGER,
+                PRIMARY KEY (job, n)) WITHOUT ROWID""",
+            # The child waits until the parent has completed.
+            """CREATE TABLE dependencies (
+                parent INTEGER NOT NULL, child INTEGER NOT NULL, PRIMARY KEY (parent, child)) WITHOUT ROWID""",
+            "CREATE INDEX dependencies_child ON dependencies (child)",
+            # Only queues that somebody has paused or limited have a row.
+            """CREATE TABLE queues (
+                name TEXT PRIMARY KEY,
+                paused INTEGER NOT NULL DEFAULT 0,  -- nothing new is started
+                max_running INTEGER  -- at most so many at once
+                ) WITHOUT ROWID""",
+            """CREATE TABLE workers (
+                id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: it names the bell
+                pid INTEGER NOT NULL,  -- to be read by people; nothing is ever signalled by it
+                host TEXT NOT NULL,
+                slot INTEGER NOT NULL,  -- the lowest number that no other live worker holds
+                queues TEXT,  -- JSON array of those that it takes, null for all
+                drain INTEGER NOT NULL DEFAULT 0,  -- leaves when nothing is left that could run
+                stop TEXT CHECK (stop IN ('finish', 'now')),  -- it is to leave, after its job or at once
+                started_at INTEGER NOT NULL)""",
+            "CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+            # How many jobs are in each state, by queue; only the triggers write it.
+            """CREATE TABLE counts (
+                state TEXT NOT NULL, queue TEXT NOT NULL, n INTEGER NOT NULL,
+                PRIMARY KEY (state, queue)) WITHOUT ROWID""",
+            """CREATE TRIGGER jobs_inserted AFTER INSERT ON jobs BEGIN
+                INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+            END""",
+            """CREATE TRIGGER jobs_moved AFTER UPDATE OF state, queue ON jobs
+                WHEN OLD.state <> NEW.state OR OLD.queue <> NEW.queue BEGIN
+                UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
+                INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+            END""",
+            """CREATE TRIGGER jobs_deleted BEFORE DELETE ON jobs BEGIN
+                UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
+                DELETE FROM attempts WHERE job = OLD.seq;
+                DELETE FROM dependencies WHERE parent = OLD.seq;
+                DELETE FROM dependencies WHERE child = OLD.seq;
+            END""",
+            # The next three keep `blockers`: the parents of a job that have not completed.
+            """CREATE TRIGGER jobs_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed' BEGIN
+                UPDATE jobs SET blockers = blockers - 1
+                    WHERE seq IN (SELECT child FROM dependencies WHERE parent = NEW.seq);
+            END""",
+            """CREATE TRIGGER dependencies_inserted AFTER INSERT ON dependencies BEGIN
+                UPDATE jobs SET blockers = blockers + 1 WHERE seq = NEW.child
+                    AND (SELECT state FROM jobs WHERE seq = NEW.parent) <> 'completed';
+            END""",
+            """CREATE TRIGGER dependencies_deleted AFTER DELETE ON dependencies BEGIN
+                UPDATE jobs SET blockers = blockers - 1 WHERE seq = OLD.child
+                    AND (SELECT state FROM jobs WHERE seq = OLD.parent) <> 'completed';
+            END""",
+        ),
+    ),
+)
+
+
+# ======================================================================== store
+
+
+class WorkerRow(NamedTuple):
+    """One row of `workers`, and the job that it has in hand."""
+
+    id: int
+    pid: int
+    host: str
+    slot: int
+    queues: list[str] | None
+    drain: bool
+    stop: str | None
+    started_at: int
+    job: str | None
+
+    @property
+    def state(self) -> str:
+        """What it is doing: `idle`, `busy`, or `stopping`."""
+        return "stopping" if self.stop else "busy" if self.job else "idle"
+
+    def takes(self, queue: str) -> bool:
+        """Would it run a job of this queue?"""
+        return not self.stop and (self.queues is None or queue in self.queues)
+
+
+class Selection(NamedTuple):
+    """The jobs that a command is about: those named, or all that bear a tag or wait in a queue."""
+
+    ids: Sequence[str] = ()
+    tag: str | None = None
+    queue: str | None = None
+    every: bool = False
+
+
+EVERY_JOB = Selection(every=True)
+
+
+class Obstacles(NamedTuple):
+    """What may keep a job from running, beside its own row."""
+
+    parents: list[str]  # those that have not completed
+    paused: bool
+    max_running: int | None
+    running: int  # jobs of its queue
+    workers: list[WorkerRow]
+
+
+class Orders(NamedTuple):
+    """What a worker is told while it runs or waits."""
+
+    registered: bool  # False: it was taken for dead
+    stop: str | None = None
+    cancelling: bool = False
+
+
+_BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {
+    "priority": 0, "queue": "default", "hold": False, "on_lost": "retry", "snooze": False,
+}  # fmt: skip
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs "
+_INSERTED = tuple(name for name in FIELDS if name != "delay") + ("seq", "due_at", "created_at", "updated_at")
+
+
+@contextlib.contextmanager
+def _domain_errors(path: str) -> Iterator[None]:
+    """sqlite3's errors as ours, each in one line that says what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        if "locked" in text or "busy" in text:
+            raise StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done") from error
+        if "full" in text:
+            raise StoreError(f"the disk that holds {path} is full; nothing was stored") from error
+        if "not a database" in text or "malformed" in text:
+            raise StoreError(f"{path} is damaged ({text}); move it away, or put a backup in its place") from error
+        raise StoreError(f"cannot use {path}: {text}") from error
+
+
+class Store:
+    """The queue in its database; every method is one transaction, or part of the one that is open.
+
+    What `enqueue` commits is on disk before it returns (`synchronous=FULL`); with `durable=False`,
+    for workers, a power cut may take back the newest steps but leaves none half done.
+    """
+
+    def __init__(self, path: str, patience_s: float = PATIENCE_S, *, durable: bool = True) -> None:
+        if sqlite3.sqlite_version_info < (3, 35):
+            raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
+        self.path = path
+        with _domain_errors(path):
+            self._db = sqlite3.connect(path, timeout=patience_s, isolation_level=None)
+            try:
+                self._bring_up(patience_s)
+                if not durable:
+                    self._db.execute("PRAGMA synchronous = NORMAL")
+            except BaseException:
+                self._db.close()
+                raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the database."""
+        with _domain_errors(self.path):
+            self._db.close()
+
+    # ---- the database itself
+
+    def _bring_up(self, patience_s: float) -> None:
+        """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
+        if self._version() == len(MIGRATIONS):
+            return
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:  # a switch to WAL does not wait for others by itself
+                mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        if mode != "wal":
+            raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
+        with self.writing():  # two processes may be here at once: look again inside
+            for _, statements in MIGRATIONS[self._version() :]:
+                for statement in statements:
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    def _version(self) -> int:
+        """The schema's version; StoreError where it is newer than this file, or not ours."""
+        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        ours = self._db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+        if not ours and (version or self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()):
+            raise StoreError(f"{self.path} is the database of another program; set QUEUECTL_HOME to another directory")
+        if version > len(MIGRATIONS):
+            raise StoreError(f"{self.path} was made by a newer queuectl (schema {version}); upgrade queuectl")
+        return version
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """One transaction, all or nothing; joins the one that is open."""
+        if self._db.in_transaction:
+            yield
+            return
+        with _domain_errors(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _all(self, sql: str, **values: Any) -> list[Any]:
+        """Every row of a statement; what it changed, where it is not a query, is `_changed`."""
+        with _domain_errors(self.path):
+            return self._db.execute(sql, values).fetchall()
+
+    def _one(self, sql: str, **values: Any) -> Any:
+        rows = self._all(sql, **values)
+        return rows[0] if rows else None
+
+    def _change(self, sql: str, **values: Any) -> int:
+        """Run a statement; how many rows it changed."""
+        with _domain_errors(self.path):
+            return self._db.execute(sql, values).rowcount
+
+    def version_seen(self) -> int:
+        """A number that changes whenever another process has committed."""
+        return int(self._one("PRAGMA data_version")[0])
+
+    def sync(self) -> None:
+        """Put on disk what has been committed so far, whatever `durable` says."""
+        self._change("PRAGMA synchronous = FULL")
+        with self.writing():
+            self._change("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
+        self._change("PRAGMA synchronous = NORMAL")
+
+    # ---- jobs in
+
+    def enqueue(
+        self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False
+    ) -> list[tuple[str, bool]]:
+        """Store jobs, all or none; the id of each, and whether it is new.
+
+        Each spec comes with what an error about it begins with. A job whose key is taken is
+        not stored: the id of the one that bears it is returned. QueueError for an id that exists.
+        """
+        stored = []
+        with self.writing():
+            row = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
+            seq = row[0] if row else 0
+            for where, spec in specs:
+                try:
+                    stored.append(self._insert(spec, seq + 1, now, skip_existing))
+                except QueueError as error:
+                    raise type(error)(f"{where}{error}") from None
+                seq += stored[-1][1]
+        return stored
+
+    def _insert(self, spec: Spec, seq: int, now: int, skip_existing: bool) -> tuple[str, bool]:
+        if "key" in spec:
+            holder = self._one(
+                "SELECT id FROM jobs WHERE key = :key AND state IN ('pending', 'processing', 'failed')", key=spec["key"]
+            )
+            if holder:
+                return holder[0], False
+        values = {**_BLANK, **spec, "seq": seq, "created_at": now, "updated_at": now}
+        values["id"] = spec.get("id") or self._new_id(seq)
+        if "delay" in spec:
+            values["run_at"] = now + round(spec["delay"] * 1000)
+        values["due_at"] = values["run_at"] if (values["run_at"] or 0) > now else None
+        for name in JSON_COLUMNS:
+            if values[name] is not None:
+                values[name] = _to_json(values[name])
+        try:
+            self._db.execute(
+                f"INSERT INTO jobs ({', '.join(_INSERTED)}) VALUES (:{', :'.join(_INSERTED)})", values
+            )
+        except sqlite3.IntegrityError:
+            if skip_existing:
+                return values["id"], False
+            raise QueueError(f"job {values['id']} exists already; choose another id, or --skip-existing") from None
+        if "after" in spec:
+            self._wait_for(seq, values["id"], spec["after"] or (), now)
+        return values["id"], True
+
+    def _new_id(self, seq: int) -> str:
+        """Short, never used twice, and sorting as the jobs were made up to 268 million of them."""
+        made_up = f"j{seq:07x}"
+        while self._one("SELECT 1 FROM jobs WHERE id = :id", id=made_up):
+            made_up += "x"  # somebody chose just this name
+        return made_up
+
+    def _wait_for(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
+        """Let a job wait for others; it dies at once of one that can never complete."""
+        for parent in parents:
+            job = self.get(parent)
+            if job.seq == seq or self._one(
+                """WITH RECURSIVE below(seq) AS (SELECT :seq
+                    UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
+                SELECT 1 FROM below WHERE seq = :parent""",
+                seq=seq, parent=job.seq,
+            ):  # fmt: skip
+                raise BadInput(f"job {child} cannot wait for {parent}, which waits for it")
+            self._change("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=job.seq, child=seq)
+        for parent in parents:
+            if self.get(parent).state in (State.DEAD, State.CANCELLED):
+                self._doom(self.get(parent), now)
+
+    def _doom(self, parent: Job, now: int) -> None:
+        """What waits for a job that will never complete is dead with it, all the way down."""
+        self._change(
+            """WITH RECURSIVE doomed(seq) AS (SELECT child FROM dependencies WHERE parent = :parent
+                UNION SELECT child FROM dependencies JOIN doomed ON parent = doomed.seq)
+            UPDATE jobs SET state = 'dead', doomed_by = :parent, error = :error, updated_at = :now, finished_at = :now
+            WHERE seq IN doomed AND state IN ('pending', 'failed')""",
+            parent=parent.seq, error=f"waited for {parent.id}, which is {parent.state.value}", now=now,
+        )  # fmt: skip
+
+    # ---- a job's way
+
+    def claim(self, worker: int, queues: Sequence[str] | None, now: int) -> Job | None:
+        """Take the best job that may run: highest priority first, then first enqueued.
+
+        Its cost depends on the number of queues that hold waiting jobs, not on the number of jobs.
+        None where nothing may run, and for a worker that is to stop or was taken for dead.
+        """
+        with self.writing():
+            self._change(
+                """UPDATE jobs SET due_at = NULL WHERE due_at IS NOT NULL AND due_at <= :now
+                    AND hold = 0 AND blockers = 0""",
+                now=now,
+            )
+            row = self._one(
+                f"""UPDATE jobs SET state = 'processing', attempts = attempts + 1, worker = :worker,
+                    started_at = :now, updated_at = :now, exit_code = NULL, error = NULL
+                WHERE seq = (
+                    SELECT head.seq FROM counts AS waiting
+                    JOIN jobs AS head ON head.seq = (
+                        SELECT seq FROM jobs WHERE ready AND queue = waiting.queue ORDER BY priority DESC, seq LIMIT 1)
+                    LEFT JOIN queues ON queues.name = waiting.queue
+                    WHERE waiting.state IN ('pending', 'failed') AND waiting.n > 0
+                    AND NOT coalesce(queues.paused, 0)
+                    AND (queues.max_running IS NULL OR queues.max_running > coalesce((
+                        SELECT n FROM counts WHERE state = 'processing' AND queue = waiting.queue), 0))
+                    AND (:queues IS NULL OR waiting.queue IN (SELECT value FROM json_each(:queues)))
+                    ORDER BY head.priority DESC, head.seq LIMIT 1)
+                AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND stop IS NULL)
+                RETURNING {', '.join(COLUMNS)}""",
+                worker=worker, now=now, queues=None if queues is None else _to_json(queues),
+            )  # fmt: skip
+        return job_from_row(row) if row else None
+
+    def finish(self, job: Job, outcome: Outcome, settings: Settings, now: int, chance: float = 0.0) -> State | None:
+        """End an attempt as the retry policy says; what the job has become.
+
+        None, and nothing changed, where that attempt of that worker is no longer under way.
+        """
+        with self.writing():
+            row = self._one(
+                """SELECT cancelling FROM jobs
+                WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at""",
+                seq=job.seq, worker=job.worker, started_at=job.started_at,
+            )  # fmt: skip
+            if not row:
+                return None
+            verdict = judge(job._replace(cancelling=bool(row[0])), outcome, settings, now, chance)
+            self._change(
+                """UPDATE jobs SET state = :state, attempts = :attempts, due_at = :due_at, cancelling = 0,
+                    updated_at = :now, finished_at = :finished_at, exit_code = :exit_code, error = :error
+                WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at""",
+                seq=job.seq, worker=job.worker, started_at=job.started_at, now=now,
+                state=verdict.state.value, attempts=verdict.attempts, due_at=verdict.due_at,
+                finished_at=now if verdict.state in ENDED else None, exit_code=outcome.exit_code, error=outcome.error,
+            )  # fmt: skip
+            self._keep_attempt(job, outcome, now)
+            if verdict.state in (State.DEAD, State.CANCELLED):
+                self._doom(job._replace(state=verdict.state), now)
+        return verdict.state
+
+    def _keep_attempt(self, job: Job, outcome: Outcome, now: int) -> None:
+        self._change(
+            """INSERT INTO attempts VALUES (:job, (SELECT count(*) FROM attempts WHERE job = :job) + 1,
+                :number, :worker, :started_at, :now, :exit_code, :signal, :error, :max_rss, :cpu_s,
+                :log_start, :log_end)""",
+            job=job.seq, number=job.attempts, worker=job.worker, started_at=job.started_at, now=now,
+            exit_code=outcome.exit_code, signal=outcome.signal, error=outcome.error, max_rss=outcome.max_rss,
+            cpu_s=outcome.cpu_s, log_start=outcome.log_start, log_end=outcome.log_end,
+        )  # fmt: skip
+
+    def next_due(self) -> int | None:
+        """When the next job comes due."""
+        row = self._one("SELECT min(due_at) FROM jobs WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0")
+        return row[0] if row else None
+
+    def under_way(self, worker: int) -> list[Job]:
+        """The attempts that a worker has not ended: one at the most."""
+        rows = self._all(_SELECT + "WHERE state = 'processing' AND worker = :worker", worker=worker)
+        return [job_from_row(row) for row in rows]
+
+    # ---- choosing jobs
+
+    def get(self, id: str) -> Job:
+        """The job of that id; NotFound names the nearest among the newest thousand."""
+        row = self._one(_SELECT + "WHERE id = :id", id=id)
+        if not row:
+            newest = [r[0] for r in self._all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
+            raise NotFound(f"no job {printable(id)!r}{nearest(id, newest)}")
+        return job_from_row(row)
+
+    def jobs(self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None) -> list[Job]:
+        """The newest jobs that fit, in the order of enqueueing."""
+        rows = self._all(
+            _SELECT
+            + """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
+                AND (:tag IS NULL OR tag = :tag) AND (:queue IS NULL OR queue = :queue)
+                ORDER BY seq DESC LIMIT :limit""",
+            states=_to_json(list(states)) if states else None,
+            tag=where.tag, queue=where.queue, limit=-1 if limit is None else limit,
+        )  # fmt: skip
+        return [job_from_row(row) for row in reversed(rows)]
+
+    def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
+        """How many jobs fit; from the counts where no tag is asked for."""
+        if where.tag:
+            return len(self.jobs(where, states))
+        row = self._one(
+            """SELECT coalesce(sum(n), 0) FROM counts WHERE (:queue IS NULL OR queue = :queue)
+                AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))""",
+            queue=where.queue, states=_to_json(list(states)) if states else None,
+        )  # fmt: skip
+        return int(row[0])
+
+    def _choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
+        """The jobs selected, all of them in one of the states; QueueError for a named one that is not."""
+        if which.ids:
+            chosen = [self.get(id) for id in dict.fromkeys(which.ids)]
+            for job in chosen:
+                if job.state not in states:
+                    raise QueueError(f"job {job.id} is {job.state.value}: it cannot be {verb}")
+            return chosen
+        if not (which.tag or which.queue or which.every):
+            raise BadInput("name jobs by id, or choose them with --tag or --queue")
+        return self.jobs(which, [state.value for state in states])
+
+    # ---- commands about jobs
+
+    def release(self, which: Selection, now: int) -> list[str]:
+        """Let held jobs go; the ids."""
+        with self.writing():
+            chosen = self._choose(which, WAITING, "released")
+            for job in chosen:
+                self._change("UPDATE jobs SET hold = 0, updated_at = :now WHERE seq = :seq", seq=job.seq, now=now)
+        return [job.id for job in chosen]
+
+    def retry_dead(self, which: Selection, now: int) -> list[str]:
+        """Dead jobs back to `pending` with no attempts made, and with them what died because of them."""
+        with self.writing():
+            chosen = self._choose(which, [State.DEAD], "retried")
+            for job in chosen:
+                self._revive(job, now)
+            for job in chosen:
+                for parent in self._lost_parents(job):
+                    if which.ids:
+                        raise QueueError(f"job {job.id} waits for {parent.id}, which is {parent.state.value}")
+                    self._doom(parent, now)
+        return [job.id for job in chosen]
+
+    def _revive(self, job: Job, now: int) -> None:
+        try:
+            self._db.execute(
+                """UPDATE jobs SET state = 'pending', attempts = 0, due_at = NULL, doomed_by = NULL,
+                    updated_at = :now, finished_at = NULL WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq)""",
+                {"seq": job.seq, "now": now},
+            )
+        except sqlite3.IntegrityError:
+            raise QueueError(f"job {job.id} cannot be retried: another of key {job.key!r} has not ended") from None
+
+    def _lost_parents(self, job: Job) -> list[Job]:
+        rows = self._all(
+            _SELECT
+            + """WHERE state IN ('dead', 'cancelled')
+                AND seq IN (SELECT parent FROM dependencies WHERE child = :seq)""",
+            seq=job.seq,
+        )
+        return [job_from_row(row) for row in rows]
+
+    def purge_dead(self, which: Selection) -> list[str]:
+        """Remove dead jobs for good; the ids, whose logs are to be removed."""
+        with self.writing():
+            chosen = self._choose(which, [State.DEAD], "purged")
+            for job in chosen:
+                self._change("DELETE FROM jobs WHERE seq = :seq", seq=job.seq)
+        return [job.id for job in chosen]
+
+    # ---- workers
+
+    def register(self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
+                 open_bell: Callable[[int], object], is_alive: Callable[[int], bool]) -> WorkerRow:  # fmt: skip
+        """A row and the lowest free slot for a new worker, whose bell hangs before anybody can see it."""
+        with self.writing():
+            taken = {row.slot for row in self.workers() if is_alive(row.id)}
+            slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
+            row = self._one(
+                """INSERT INTO workers (pid, host, slot, queues, drain, started_at)
+                VALUES (:pid, :host, :slot, :queues, :drain, :now) RETURNING id""",
+                pid=pid, host=host, slot=slot, queues=_to_json(queues) if queues else None, drain=drain, now=now,
+            )  # fmt: skip
+            open_bell(row[0])
+            return next(worker for worker in self.workers() if worker.id == row[0])
+
+    def unregister(self, worker: int) -> None:
+        """A worker has left, or what it left behind has been put in order."""
+        with self.writing():
+            self._change("DELETE FROM workers WHERE id = :worker", worker=worker)
+
+    def workers(self) -> list[WorkerRow]:
+        """Every registered worker, dead ones included: only the platform can tell."""
+        rows = self._all(
+            """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at,
+                (SELECT id FROM jobs WHERE state = 'processing' AND worker = workers.id) FROM workers ORDER BY slot"""
+        )
+        decoded = (row[:4] + (row[4] and json.loads(row[4]), bool(row[5])) + row[6:] for row in rows)
+        return [WorkerRow(*row) for row in decoded]
+
+    def tell_to_stop(self, workers: Sequence[int], how: str) -> None:
+        """Workers shall leave: `finish` after their job, `now` at once."""
+        with self.writing():
+            for worker in workers:
+                self._change("UPDATE workers SET stop = :how WHERE id = :worker", how=how, worker=worker)
+
+    def orders(self, worker: int, job: Job | None) -> Orders:
+        """What a worker is to know now."""
+        row = self._one("SELECT stop FROM workers WHERE id = :worker", worker=worker)
+        if not row:
+            return Orders(registered=False)
+        asked = job and self._one("SELECT cancelling FROM jobs WHERE seq = :seq", seq=job.seq)
+        return Orders(True, row[0], bool(asked and asked[0]))
+
+    def has_ready(self) -> bool:
+        """Does a job wait for nothing but a worker?"""
+        return self._one("SELECT 1 FROM jobs WHERE ready LIMIT 1") is not None
+
+    # ---- looking
+
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in each state; costs the same however many there are."""
+        found = dict(self._all("SELECT state, sum(n) FROM counts GROUP BY state"))
+        return {state: found.get(state.value, 0) for state in State}
+
+    def history(self, job: Job) -> list[Attempt]:
+        """The attempts of a job that have ended, oldest first."""
+        rows = self._all(
+            f"SELECT {', '.join(Attempt._fields)} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq
+        )
+        return [Attempt._make(row) for row in rows]
+
+    def obstacles(self, job: Job) -> Obstacles:
+        """What stands between a waiting job and a worker."""
+        parents = self._all(
+            """SELECT id FROM jobs WHERE state <> 'completed'
+                AND seq IN (SELECT parent FROM dependencies WHERE child = :seq) ORDER BY seq""",
+            seq=job.seq,
+        )
+        queue = self._one("SELECT paused, max_running FROM queues WHERE name = :queue", queue=job.queue) or (0, None)
+        running = self._one("SELECT n FROM counts WHERE state = 'processing' AND queue = :queue", queue=job.queue)
+        return Obstacles(
+            [row[0] for row in parents], bool(queue[0]), queue[1], running[0] if running else 0, self.workers()
+        )
+
+    def paused(self) -> list[str]:
+        """The queues in which nothing new is started."""
+        return [row[0] for row in self._all("SELECT name FROM queues WHERE paused ORDER BY name")]
+
+    def times(self, newest: int = 10_000) -> list[tuple[int, int, int]]:
+        """When the newest completed jobs could first have run, their last start and their end."""
+        return self._all(
+            """SELECT max(created_at, coalesce(run_at, 0)), started_at, finished_at FROM jobs
+                WHERE state = 'completed' ORDER BY seq DESC LIMIT :newest""",
+            newest=newest,
+        )
+
+    # ---- config
+
+    def config(self) -> dict[str, Any]:
+        """The keys that somebody has set."""
+        return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM config")}
+
+    def settings(self) -> Settings:
+        """The configuration in force."""
+        return Settings(**self.config())
+
+    def configure(self, key: str, value: Any) -> None:
+        """Set a key, or with None go back to its default."""
+        with self.writing():
+            self._change("DELETE FROM config WHERE key = :key", key=key)
+            if value is not None:
+                self._change("INSERT INTO config VALUES (:key, :value)", key=key, value=_to_json(value))
+
+
+# ======================================================================== platform
+
+MARK = "QUEUECTL_RUN"  # the variable that tells whose a process is
+NO_ATTEMPT = "worker"  # its value in a worker that was started from within a job
+
+
+class Exit(NamedTuple):
+    """How a process ended: by an exit code or a signal, and what it cost where the system tells."""
+
+    exit_code: int | None
+    signal: int | None
+    max_rss: int | None  # bytes
+    cpu_s: float | None
+
+
+class Home(NamedTuple):
+    """The directory that holds one queue."""
+
+    path: str
+
+    @property
+    def database(self) -> str:
+        """The one place where the truth is."""
+        return os.path.join(self.path, "queue.db")
+
+    @property
+    def worker_log(self) -> str:
+        """What workers have to say."""
+        return os.path.join(self.path, "worker.log")
+
+    def log(self, job: str) -> str:
+        """The file that takes a job's output."""
+        return os.path.join(self.path, "job_logs", f"{job}.log")
+
+    def bell(self, worker: int) -> str:
+        """The file by which a worker is woken, on systems where it is a file."""
+        return os.path.join(self.path, "bells", str(worker))
+
+    def is_there(self, database: tuple[int, int]) -> bool:
+        """Is the database still the file that it was? It is not once the home was removed or replaced."""
+        try:
+            return file_identity(self.database) == database
+        except OSError:
+            return False
+
+
+def open_home() -> Home:
+    """The home that QUEUECTL_HOME names, made for its owner alone where it is missing."""
+    home = Home(os.path.realpath(os.environ.get("QUEUECTL_HOME") or os.path.expanduser("~/.queuectl")))
+    try:
+        if not os.path.isdir(home.path):
+            os.makedirs(home.path, 0o700, exist_ok=True)
+        refuse_if_shared(home.path)
+        if not os.path.exists(home.database):
+            for directory in (home.log(""), home.bell(0)):
+                os.makedirs(os.path.dirname(directory), 0o700, exist_ok=True)
+            os.close(os.open(home.database, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise QueueError(f"cannot use {home.path} as home: {error.strerror}; set QUEUECTL_HOME to another") from error
+    return home
+
+
+def file_identity(path: str) -> tuple[int, int]:
+    """What stays the same of a file, whatever is written to it."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def here(directory: str = "") -> str:
+    """A directory as seen from where we are."""
+    return os.path.abspath(directory or os.curdir)
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """`K=V` as typed, and `K` with the value that it has here; BadInput where it has none."""
+    for word in words:
+        if "=" not in word and word not in os.environ:
+            raise BadInput(f"--env names {word}, which is not set here; say {word}=VALUE")
+    return [word if "=" in word else f"{word}={os.environ[word]}" for word in words]
+
+
+def inherited_environment() -> dict[str, str]:
+    """The environment that every job of this worker begins with."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_")}
+
+
+def remove_file(path: str) -> None:
+    """Remove a file that may be gone already, or that somebody reads where that keeps it."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+if sys.platform == "win32":
+    import ctypes
+    import msvcrt
+    import subprocess
+    from ctypes import wintypes
+
+    _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+    _kernel32.CreateEventW.restype = _kernel32.OpenEventW.restype = wintypes.HANDLE
+    _kernel32.CreateJobObjectW.restype = _kernel32.CreateFileW.restype = wintypes.HANDLE
+    _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
+    _ACCESS_DENIED = 5
+    _KILL_ON_JOB_CLOSE = 0x2000
+    _EXTENDED_LIMITS, _ACCOUNTING = 9, 1  # information classes of a job object
+
+    class _Limits(ctypes.Structure):
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION."""
+
+        _fields_ = [
+            ("times", ctypes.c_int64 * 2),
+            ("flags", wintypes.DWORD),
+            ("working_set", ctypes.c_size_t * 2),
+            ("active", wintypes.DWORD),
+            ("affinity", ctypes.c_size_t),
+            ("priority", wintypes.DWORD * 2),
+            ("io", ctypes.c_uint64 * 6),
+            ("memory", ctypes.c_size_t * 2),
+            ("peak_process_memory", ctypes.c_size_t),
+            ("peak_job_memory", ctypes.c_size_t),
+        ]
+
+    class _Accounting(ctypes.Structure):
+        """JOBOBJECT_BASIC_ACCOUNTING_INFORMATION; times in units of 100 ns."""
+
+        _fields_ = [("user", ctypes.c_int64), ("kernel", ctypes.c_int64), ("rest", ctypes.c_int64 * 4)]
+
+    def refuse_if_shared(directory: str) -> None:
+        """Windows gives a profile's directories to their owner; nothing to look at."""
+
+    def open_log(path: str) -> int:
+        """A descriptor that appends, also in the processes that inherit it."""
+        append, share_all, open_always = 0x4, 0x7, 4
+        handle = _kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None)
+        if handle in (None, wintypes.HANDLE(-1).value):
+            raise ctypes.WinError(ctypes.get_last_error())
+        return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
+
+    def _event_name(home: Home, worker: int) -> str:
+        import hashlib
+
+        return f"Global\\queuectl-{hashlib.sha256(os.path.normcase(home.path).encode()).hexdigest()[:24]}-{worker}"
+
+    class Bell:
+        """A named event: it exists as long as the worker that listens, which the system sees to."""
+
+        def __init__(self, home: Home, worker: int) -> None:
+            self._event = _kernel32.CreateEventW(None, False, False, _event_name(home, worker))
+            if not self._event:
+                raise ctypes.WinError(ctypes.get_last_error())
+
+        def wait(self, timeout_s: float, process: Process | None = None) -> bool:
+            """Sleep until somebody rings (True), the process ends, or the time is over."""
+            handles = [self._event] + ([process.handle] if process else [])
+            array = (wintypes.HANDLE * len(handles))(*handles)
+            ms = max(0, math.ceil(timeout_s * 1000))
+            return bool(_kernel32.WaitForMultipleObjects(len(handles), array, False, ms) == 0)
+
+        def close(self) -> None:
+            """Listen no more."""
+            _kernel32.CloseHandle(self._event)
+
+    def _with_event(home: Home, worker: int, ring: bool) -> bool:
+        event_modify_state = 0x2
+        event = _kernel32.OpenEventW(event_modify_state, False, _event_name(home, worker))
+        if not event:
+            return ctypes.get_last_error() == _ACCESS_DENIED  # it exists, in another's name
+        if ring:
+            _kernel32.SetEvent(event)
+        _kernel32.CloseHandle(event)
+        return True
+
+    def ring(home: Home, worker: int) -> bool:
+        """Wake a worker; False where nobody listens any more."""
+        return _with_event(home, worker, True)
+
+    def is_alive(home: Home, worker: int) -> bool:
+        """Does a worker listen to its bell?"""
+        return _with_event(home, worker, False)
+
+    class Process:
+        """A command in a job object of its own, which dies with this process."""
+
+        def __init__(self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str) -> None:
+            self._job = _kernel32.CreateJobObjectW(None, None)
+            self._limit(_KILL_ON_JOB_CLOSE)
+            shell = os.environ.get("COMSPEC", "cmd.exe")
+            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP | _CREATE_SUSPENDED
+            try:
+                self._popen = subprocess.Popen(
+                    f'"{shell}" /d /s /c "{command}"' if isinstance(command, str) else command,
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd, env={**env, MARK: mark},
+                    creationflags=flags,
+                )  # fmt: skip
+            except BaseException:
+                _kernel32.CloseHandle(self._job)
+                raise
+            self.handle = int(self._popen._handle)  # type: ignore[attr-defined]
+            # Into the job object first: what it starts before that would not belong to it.
+            _kernel32.AssignProcessToJobObject(wintypes.HANDLE(self._job), wintypes.HANDLE(self.handle))
+            ctypes.WinDLL("ntdll").NtResumeProcess(wintypes.HANDLE(self.handle))
+
+        def _limit(self, flags: int) -> None:
+            limits = _Limits(flags=flags)
+            size = ctypes.sizeof(limits)
+            _kernel32.SetInformationJobObject(
+                wintypes.HANDLE(self._job), _EXTENDED_LIMITS, ctypes.byref(limits), size
+            )
+
+        def poll(self) -> Exit | None:
+            """How it ended; None while it runs."""
+            code = self._popen.poll()
+            if code is None:
+                return None
+            limits, used, job = _Limits(), _Accounting(), wintypes.HANDLE(self._job)
+            query = _kernel32.QueryInformationJobObject
+            query(job, _EXTENDED_LIMITS, ctypes.byref(limits), ctypes.sizeof(limits), None)
+            query(job, _ACCOUNTING, ctypes.byref(used), ctypes.sizeof(used), None)
+            return Exit(code, None, limits.peak_process_memory or None, (used.user + used.kernel) / 1e7)
+
+        def end(self, grace_s: float) -> None:
+            """End it and all that it started, at once: a hidden console has nobody to ask it to leave."""
+            _kernel32.TerminateJobObject(wintypes.HANDLE(self._job), 1)
+            self._popen.wait()
+
+        def close(self) -> None:
+            """Leave alone what still runs, and forget it."""
+            self._limit(0)
+            _kernel32.CloseHandle(wintypes.HANDLE(self._job))
+
+    def end_leftovers(mark: str, log: str) -> bool:
+        """A job object dies with its worker: there is nothing left."""
+        return True
+
+    def become_worker(on_stop: Callable[[], None]) -> None:
+        """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
+        for number in (signal.SIGINT, signal.SIGBREAK, signal.SIGTERM):
+            signal.signal(number, lambda *_: on_stop())
+
+    def start_detached(arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
+        """A worker process of its own; what it has to say until it is up, and then nothing."""
+        hidden = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+        command = [sys.executable, os.path.abspath(__file__), *arguments]
+        for flags in (hidden | _BREAKAWAY, hidden):
+            try:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    creationflags=flags, text=True,
+                )  # fmt: skip
+                break
+            except PermissionError:  # the job object that holds us lets nobody go
+                if flags == hidden:
+                    raise
+        process.returncode = 0  # it is meant to outlive us
+        return cast(TextIO, process.stdout)
+
+    def free_of_job(arguments: Sequence[str]) -> None:
+        """A worker that a job starts belongs to that job's job object; there is no way out of it."""
+
+else:
+    import select
+
+    _RING = b"\0"  # never the number of a signal
+    _Identity = tuple[int, str]  # a process id and when that process started
+
+    def refuse_if_shared(directory: str) -> None:
+        """QueueError where somebody else can write to a directory, as ssh does."""
+        found = os.stat(directory)
+        if found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid()):
+            raise QueueError(f"{directory} can be written to by others; run: chmod go-w {directory}")
+
+    def open_log(path: str) -> int:
+        """A descriptor that appends, also in the processes that inherit it."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    class Bell:
+        """A FIFO: it has a reader as long as its worker lives, which the system sees to.
+
+        Signals ring it too, among them the one that says that a child has ended: so one wait
+        waits for everything, on every POSIX system.
+        """
+
+        def __init__(self, home: Home, worker: int) -> None:
+            self._path = home.bell(worker)
+            remove_file(self._path)
+            os.mkfifo(self._path, 0o600)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
+            self._poll = select.poll()
+            self._poll.register(self._fd, select.POLLIN)
+            signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
+
+        def wait(self, timeout_s: float, process: Process | None = None) -> bool:
+            """Sleep until somebody rings (True), the process ends, or the time is over."""
+            self._poll.poll(max(0, math.ceil(timeout_s * 1000)))
+            try:
+                return _RING in os.read(self._fd, 4096)
+            except BlockingIOError:
+                return False
+
+        def close(self) -> None:
+            """Listen no more."""
+            signal.set_wakeup_fd(-1)
+            os.close(self._fd)
+            remove_file(self._path)
+
+    def _with_fifo(home: Home, worker: int, message: bytes) -> bool:
+        try:
+            fd = os.open(home.bell(worker), os.O_WRONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            return error.errno != errno.ENXIO  # no reader; any other trouble is ours, not its death
+        with contextlib.suppress(OSError):  # full: it has been rung often enough
+            os.write(fd, message)
+        os.close(fd)
+        return True
+
+    def ring(home: Home, worker: int) -> bool:
+        """Wake a worker; False where nobody listens any more."""
+        return _with_fifo(home, worker, _RING)
+
+    def is_alive(home: Home, worker: int) -> bool:
+        """Does a worker listen to its bell?"""
+        return _with_fifo(home, worker, b"")
+
+    def _processes() -> dict[_Identity, int]:
+        """Every process that has not ended, and its parent's id."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                with contextlib.suppress(OSError):
+                    state, parent, started = _stat(entry)
+                    if state not in "ZX":
+                        found[int(entry), started] = parent
+        return found
+
+    def _stat(pid: int | str) -> tuple[str, int, str]:
+        """State, parent and start of a process (proc(5): the name may hold anything, up to the last bracket)."""
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return fields[0].decode(), int(fields[1]), fields[19].decode()
+
+    def _mark_of(pid: int) -> str | None:
+        """The mark in the environment that a process was started with; None where it cleared it."""
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            _, found, rest = (b"\0" + file.read()).partition(f"\0{MARK}=".encode())
+            return os.fsdecode(rest.partition(b"\0")[0]) if found else None
+        return None
+
+    def _writes_to(pid: int, path: str) -> bool:
+        """Does a process hold a file open for writing?"""
+        folder = f"/proc/{pid}/fd"
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(folder):
+                if os.readlink(f"{folder}/{fd}") == path and os.lstat(f"{folder}/{fd}").st_mode & 0o200:
+                    return True
+        return False
+
+    def _family(table: Mapping[_Identity, int], roots: Iterable[_Identity], mark: str) -> set[_Identity]:
+        """The roots, every process that bears the mark, and what they started; never another attempt's."""
+        marks = {process: _mark_of(process[0]) for process in table}
+        waiting = [*roots, *(process for process in table if marks[process] == mark)]
+        found: set[_Identity] = set()
+        while waiting:
+            process = waiting.pop()
+            if process not in found and marks[process] in (None, mark):
+                found.add(process)
+                waiting += [child for child, parent in table.items() if parent == process[0]]
+        return found
+
+    def _send(process: _Identity, number: int) -> None:
+        """Signal a process unless its id has gone to another meanwhile."""
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(process[0])  # from here on the id cannot change hands under us
+            try:
+                if _stat(process[0])[2] == process[1]:
+                    signal.pidfd_send_signal(fd, number)
+            finally:
+                os.close(fd)
+
+    def _end_all(find: Callable[[], set[_Identity]], grace_s: float, patience_s: float = 10.0) -> bool:
+        """Ask processes to leave, then make them; False where some are still there."""
+        asked_until = time.monotonic() + grace_s
+        for process in find() if grace_s else ():
+            _send(process, signal.SIGTERM)
+            _send(process, signal.SIGCONT)  # one that is stopped cannot hear
+        while time.monotonic() < asked_until and find():
+            time.sleep(0.01)
+        frozen: set[_Identity] = set()
+        while members := find():
+            # Freeze first, until nobody new appears: what forks as fast as we kill cannot get away.
+            for process in members:
+                _send(process, signal.SIGSTOP if members - frozen else signal.SIGKILL)
+            time.sleep(0 if members - frozen else 0.005)
+            frozen |= members
+            if time.monotonic() > asked_until + patience_s:
+                return False
+        return True
+
+    def _own_children() -> set[_Identity]:
+        """What an earlier attempt left running with this process as its reaper; nearly always nothing."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return set()
+        return {process for process, parent in _processes().items() if parent == os.getpid()}
+
+    class Process:
+        """A command in a session of its own, whose orphans come to this process."""
+
+        def __init__(self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str) -> None:
+            self._mark, self._spared = mark, _own_children()
+            self._exit: Exit | None = None
+            words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
+            os.chdir(cwd)
+            try:
+                self._pid = os.posix_spawn(
+                    _program(words[0], env.get("PATH", os.defpath)), words, {**env, MARK: mark},
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                        (os.POSIX_SPAWN_DUP2, log, 1),
+                        (os.POSIX_SPAWN_DUP2, log, 2),
+                    ],
+                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
+                )  # fmt: skip
+            finally:
+                os.chdir("/")
+
+        def poll(self) -> Exit | None:
+            """How it ended; None while it runs. Orphans that ended are seen off."""
+            while True:
+                try:
+                    pid, status, usage = os.wait4(-1, os.WNOHANG)
+                except ChildProcessError:
+                    return self._exit
+                if not pid:
+                    return self._exit
+                if pid == self._pid:
+                    code = os.waitstatus_to_exitcode(status)
+                    kib = 1 if usage.ru_maxrss > 2**32 else 1024  # macOS counts bytes
+                    self._exit = Exit(
+                        code if code >= 0 else None, -code if code < 0 else None,
+                        usage.ru_maxrss * kib, usage.ru_utime + usage.ru_stime,
+                    )  # fmt: skip
+
+        def _members(self) -> set[_Identity]:
+            table = _processes()
+            mine = {process for process, parent in table.items() if parent == os.getpid()}
+            return _family(table, mine - self._spared, self._mark)
+
+        def end(self, grace_s: float) -> None:
+            """End it and all that it started: SIGTERM, and after the grace SIGKILL."""
+            _end_all(self._members, grace_s)
+
+        def close(self) -> None:
+            """Leave alone what still runs, and forget it."""
+
+    def _program(word: str, path: str) -> str:
+        """The file that a word means, by the PATH that its command will see."""
+        import shutil
+
+        return word if "/" in word else shutil.which(word, path=path) or word
+
+    def end_leftovers(mark: str, log: str) -> bool:
+        """End what a dead worker's attempt left running; False where some of it is still there.
+
+        It is found by its mark, and where that was cleared by the log that it holds open.
+        """
+
+        def find() -> set[_Identity]:
+            table = _processes()
+            writers = [process for process in table if _writes_to(process[0], log)]
+            return _family(table, writers, mark)
+
+        return _end_all(find, 0)
+
+    def become_worker(on_stop: Callable[[], None]) -> None:
+        """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: on_stop())
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it rings the bell
+        for fd in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):
+                os.set_inheritable(int(fd), False)
+        pr_set_child_subreaper = 36
+        with contextlib.suppress(AttributeError, OSError):  # Linux has it alone
+            _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+    def _libc() -> Any:
+        import ctypes
+
+        return ctypes.CDLL(None)
+
+    def start_detached(arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
+        """A worker process of its own; what it has to say until it is up, and then nothing.
+
+        It is forked, so that workers share the memory of what they have imported.
+        """
+        reader, writer = os.pipe()
+        if os.fork():
+            os.close(writer)
+            return os.fdopen(reader)
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd, target in ((null, 0), (writer, 1), (writer, 2)):
+            os.dup2(fd, target)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a lock that a script holds is not the worker's
+        try:
+            serve()
+        finally:
+            os._exit(0)
+
+    def free_of_job(arguments: Sequence[str]) -> None:
+        """Start over without the mark of the job that starts this worker: it is not of that attempt."""
+        if os.environ.get(MARK, NO_ATTEMPT) != NO_ATTEMPT:
+            command = [sys.executable, os.path.abspath(__file__), *arguments]
+            os.execve(sys.executable, command, {**os.environ, MARK: NO_ATTEMPT})
+
+
+# ======================================================================== running
+
+
+def iso_time(ms: int | None) -> str | None:
+    """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
+    if ms is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(ms / 1000, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def read_log(path: str, tail: int | None = None) -> Iterator[bytes]:
+    """A log in blocks, or its last lines; nothing where there is none yet."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(0 if tail is None else _start_of_last_lines(file, tail))
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _start_of_last_lines(file: BinaryIO, lines: int) -> int:
+    """Where the last lines of a file begin, read from its end in blocks."""
+    at = size = file.seek(0, os.SEEK_END)
+    found = 0
+    while at and lines:
+        start = max(0, at - (1 << 16))
+        file.seek(start)
+        block = file.read(at - start)
+        for place in range(len(block) - 1, -1, -1):
+            if block[place] == 10 and start + place != size - 1:
+                found += 1
+                if found == lines:
+                    return start + place + 1
+        at = start
+    return 0 if lines else size
+
+
+class JobLog:
+    """The log of a job, open for one attempt."""
+
+    def __init__(self, path: str, attempt: int) -> None:
+        self._path = path
+        self.fd = open_log(path)
+        self.start = os.fstat(self.fd).st_size
+        if self.start:
+            self._write(f"--- attempt {attempt}, {iso_time(round(time.time() * 1000))} ---\n")
+            self.start = os.fstat(self.fd).st_size
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.fd, text.encode())
+
+    def hold_to(self, limit: int) -> None:
+        """Drop what has been written beyond a number of bytes; 0 for no limit."""
+        note = f"\n--- output beyond {limit} bytes is dropped (config log_max_bytes) ---\n"
+        if limit and os.fstat(self.fd).st_size > limit + len(note):
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, limit)
+                self._write(note)
+
+    def close(self) -> int:
+        """Where the log ends."""
+        end = os.fstat(self.fd).st_size
+        os.close(self.fd)
+        return end
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def describe(exit: Exit) -> str | None:
+    """What went wrong, of a command that ended by itself; None where nothing did."""
+    if exit.signal is not None:
+        oom = "; probably out of memory" if exit.signal == 9 else ""
+        return f"ended by {signal_name(exit.signal)}{oom}"
+    return f"exit code {exit.exit_code}" if exit.exit_code else None
+
+
+def start_failure(error: OSError, job: Job) -> Outcome:
+    """The outcome of a command that could not be started, with the exit code that shells give."""
+    if not os.path.isdir(job.cwd):
+        return Outcome(End.NOT_STARTED, None, error=f"its directory {job.cwd} is gone")
+    program = job.command[0] if isinstance(job.command, list) else "the shell"
+    missing = isinstance(error, FileNotFoundError)
+    reason = "no such program" if missing else error.strerror or str(error)
+    code = EX_NOT_FOUND if missing else EX_NOT_EXECUTABLE
+    return Outcome(End.NOT_STARTED, code, error=f"cannot start {program}: {reason}")
+
+
+def run_attempt(
+    job: Job, log_path: str, env: dict[str, str], mark: str, settings: Settings, bell: Bell,
+    interrupted: Callable[[bool], End | None],
+) -> Outcome:  # fmt: skip
+    """Run a job's command once, from start to outcome; `interrupted` says why it must end early."""
+    try:
+        log = JobLog(log_path, job.attempts)
+    except OSError as error:
+        return Outcome(End.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
+    try:
+        process = Process(job.command, job.cwd, {**env, **(job.env or {})}, log.fd, mark)
+    except (OSError, ValueError) as error:
+        log.close()
+        return start_failure(error if isinstance(error, OSError) else OSError(0, str(error)), job)
+    try:
+        end, exit = _watch(process, log, job, settings, bell, interrupted)
+    finally:
+        process.close()
+        log.hold_to(settings.log_max_bytes)
+        log_end = log.close()
+    limit = _time_limit(job, settings)
+    errors = {
+        End.EXITED: describe(exit),
+        End.TIMED_OUT: f"timed out after {limit:g} s; raise it with --timeout, or for all with "
+        "`queuectl config set job_timeout`",
+        End.GIVEN_BACK: "given back: its worker was told to leave",
+        End.CANCELLED: "cancelled",
+    }
+    return Outcome(end, exit.exit_code if end is End.EXITED else None, exit.signal, errors[end],
+                   exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
+
+
+def _time_limit(job: Job, settings: Settings) -> float:
+    return settings.job_timeout if job.timeout is None else job.timeout
+
+
+def _watch(
+    process: Process, log: JobLog, job: Job, settings: Settings, bell: Bell, interrupted: Callable[[bool], End | None]
+) -> tuple[End, Exit]:
+    """Wait for a command's end, and bring it about where it must come early."""
+    limit = _time_limit(job, settings)
+    deadline = time.monotonic() + limit if limit else math.inf
+    end, rung = End.EXITED, False
+    while (exit := process.poll()) is None:
+        now = time.monotonic()
+        why = End.TIMED_OUT if now >= deadline else interrupted(rung)
+        if why:
+            end = why
+            process.end(settings.kill_grace)
+        else:
+            log.hold_to(settings.log_max_bytes)
+        rung = bell.wait(min(LOOK_S, deadline - now) if end is End.EXITED else LOOK_S, process)
+    return end, exit
+
+
+# ======================================================================== worker
+
+
+def now_ms() -> int:
+    """The time of day in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+class Worker:
+    """One worker: it claims a job, runs it, records what came of it, and begins again.
+
+    Workers are equal peers. Each looks after the jobs of those that died.
+    """
+
+    def __init__(self, home: Home, store: Store, row: WorkerRow, bell: Bell, say: Callable[[str], None]) -> None:
+        self._home, self._store, self._row, self._bell, self._say = home, store, row, bell, say
+        self._settings = Settings()
+        self._signals = 0  # how often it was told by a signal to leave
+        self._env = {
+            **inherited_environment(),
+            "QUEUECTL_HOME": home.path,
+            "QUEUECTL_SLOT": str(row.slot),
+        }
+        self._database = file_identity(home.database)
+        self._version = -1  # of the database, when the last claim began
+        self._look_at = self._recover_at = 0.0  # by the monotonic clock
+        self._complaint = ""
+
+    def leave(self) -> None:
+        """Told by a signal: once to finish the job and go, twice to give it back and go."""
+        self._signals += 1
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        report: tuple[Job, Outcome] | None = None
+        while True:
+            self._recover_if_time()
+            came_idle = report is None
+            job = self._keep_trying(functools.partial(self._exchange, report))
+            report = None
+            if job:
+                if came_idle:
+                    self._pass_on()
+                report = job, self._attempt(job)
+            elif self._is_leaving():
+                break
+            elif came_idle:  # otherwise claim once more first: the version is noted only then
+                self._wait()
+        self._store.unregister(self._row.id)
+
+    # ---- claim and record
+
+    def _exchange(self, report: tuple[Job, Outcome] | None) -> Job | None:
+        """Record what came of one job and claim the next, in one transaction."""
+        now, store = now_ms(), self._store
+        if not report:
+            self._version = store.version_seen()
+        with store.writing():
+            if report and not store.finish(*report, self._settings, now, chance=_chance()):
+                self._say(f"the result of job {report[0].id} came too late: refused")
+            self._settings = store.settings()
+            job = None if self._signals else store.claim(self._row.id, self._row.queues, now)
+        if job and job.on_lost == "dead":
+            store.sync()  # not even a power cut may let it run twice
+        return job
+
+    def _keep_trying(self, action: Callable[[], Job | None]) -> Job | None:
+        """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works."""
+        while True:
+            try:
+                job = action()
+            except StoreError as error:
+                self._complain(str(error))
+                if self._signals > 1 or not self._home.is_there(self._database):
+                    raise
+                self._bell.wait(1.0)
+            else:
+                self._complaint = ""
+                return job
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            self._say(text)
+        self._complaint = text
+
+    def _attempt(self, job: Job) -> Outcome:
+        """Run a job once."""
+        env = {
+            **self._env,
+            "QUEUECTL_JOB_ID": job.id,
+            "QUEUECTL_ATTEMPT": str(job.attempts),
+            "QUEUECTL_QUEUE": job.queue,
+        }
+        self._look_at = time.monotonic() + LOOK_S
+        return run_attempt(
+            job, self._home.log(job.id), env, attempt_mark(self._home, job), self._settings, self._bell,
+            functools.partial(self._interrupted, job),
+        )  # fmt: skip
+
+    # ---- waiting
+
+    def _is_leaving(self) -> bool:
+        orders = self._orders(None)
+        if not orders.registered:
+            self._say("was taken for dead, leaves")
+        return bool(self._signals or orders.stop or not orders.registered)
+
+    def _orders(self, job: Job | None) -> Orders:
+        try:
+            return self._store.orders(self._row.id, job)
+        except StoreError as error:
+            self._complain(str(error))
+            return Orders(registered=self._home.is_there(self._database))
+
+    def _interrupted(self, job: Job, rung: bool) -> End | None:
+        """Why a job must end early, asked while it runs."""
+        if self._signals > 1:
+            return End.GIVEN_BACK
+        if not rung and time.monotonic() < self._look_at:
+            return None
+        self._look_at = time.monotonic() + LOOK_S
+        self._recover_if_time()
+        orders = self._orders(job)
+        if orders.cancelling:
+            return End.CANCELLED
+        return End.GIVEN_BACK if orders.stop == "now" or not orders.registered else None
+
+    def _wait(self) -> None:
+        """Sleep until there may be something to do."""
+        try:
+            due = self._store.next_due()
+            while not self._signals:
+                left_s = LOOK_S if due is None else min(LOOK_S, (due - now_ms()) / 1000)
+                if left_s <= 0 or self._bell.wait(left_s) or self._store.version_seen() != self._version:
+                    return
+                self._recover_if_time()
+        except StoreError as error:
+            self._complain(str(error))
+            self._bell.wait(1.0)
+
+    def _pass_on(self) -> None:
+        """Whoever was woken and found work wakes the next, as long as there is more."""
+        with contextlib.suppress(StoreError):
+            if self._store.has_ready():
+                wake_one(self._home, self._store)
+
+    # ---- the dead
+
+    def _recover_if_time(self) -> None:
+        """Put in order what dead workers left, every so often."""
+        if time.monotonic() < self._recover_at:
+            return
+        self._recover_at = time.monotonic() + RECOVER_S
+        try:
+            for row in self._store.workers():
+                if row.id != self._row.id and not is_alive(self._home, row.id):
+                    self._bury(row)
+        except StoreError as error:
+            self._complain(str(error))
+
+    def _bury(self, dead: WorkerRow) -> None:
+        """End what a dead worker's job left running; only then may the job be tried again."""
+        for job in self._store.under_way(dead.id):
+            if not end_leftovers(attempt_mark(self._home, job), self._home.log(job.id)):
+                self._complain(f"job {job.id} of dead worker {dead.id} cannot be ended, tries again")
+                return
+            lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
+            state = self._store.finish(job, lost, self._settings, now_ms())
+            if state:
+                self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value}")
+        self._store.unregister(dead.id)
+        remove_file(self._home.bell(dead.id))
+
+
+def attempt_mark(home: Home, job: Job) -> str:
+    """The mark that an attempt's processes carry; the home tells it from another queue's."""
+    return f"{job.mark}@{home.path}"
+
+
+def _chance() -> float:
+    return time.perf_counter_ns() % 1000 / 1000  # fair enough to spread retries
+
+
+def wake_one(home: Home, store: Store, queues: Iterable[str] = ()) -> None:
+    """Ring the first idle worker that takes one of these queues; it passes the bell on."""
+    wanted = set(queues)
+    for row in store.workers():
+        takes = any(map(row.takes, wanted)) if wanted else not row.stop
+        if row.job is None and takes and ring(home, row.id):
+            return
+
+
+# ======================================================================== workers
+
+
+def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) -> None:
+    """Be a worker until told to leave; says one line when it is up, or why it is not."""
+    try:
+        _serve(home, queues, drain, echo)
+    except QueueError as error:
+        print(f"Error: {error}", flush=True)
+
+
+def _serve(home: Home, queues: Sequence[str], drain: bool, echo: bool) -> None:
+    bells: list[Bell] = []
+    with Store(home.database, WORKER_PATIENCE_S, durable=False) as store:
+        row = store.register(
+            os.getpid(), host_name(), list(queues) or None, drain, now_ms(),
+            open_bell=lambda worker: bells.append(Bell(home, worker)),
+            is_alive=functools.partial(is_alive, home),
+        )  # fmt: skip
+        say = worker_voice(home, row, echo)
+        worker = Worker(home, store, row, bells[0], say)
+        become_worker(worker.leave)
+        say(f"started, pid {row.pid}, slot {row.slot}")
+        print(f"worker {row.id} is up (pid {row.pid}, slot {row.slot})", flush=True)
+        try:
+            worker.run()
+            say("left")
+        except BaseException as error:
+            say(f"ended: {error!r}")
+            raise
+        finally:
+            bells[0].close()
+
+
+def host_name() -> str:
+    """The name of this machine."""
+    import socket
+
+    return socket.gethostname()
+
+
+def worker_voice(home: Home, row: WorkerRow, echo: bool) -> Callable[[str], None]:
+    """How a worker says something: a line in worker.log, and on stderr where `echo`."""
+    import logging
+
+    os.close(os.open(home.worker_log, os.O_CREAT | os.O_WRONLY, 0o600))
+    handlers: list[logging.Handler] = [logging.FileHandler(home.worker_log, encoding="utf-8")]
+    if echo:
+        handlers.append(logging.StreamHandler())
+    logging.raiseExceptions = False  # a full disk or a closed terminal is no reason to stop
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=logging.INFO, handlers=handlers, datefmt="%Y-%m-%dT%H:%M:%SZ",
+        format=f"%(asctime)s worker {row.id}: %(message)s", force=True,
+    )  # fmt: skip
+    return logging.getLogger("queuectl").info
+
+
+def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) -> list[int]:
+    """Start detached workers; their ids, once all are up. QueueError where one could not start."""
+    arguments = ["worker", "start", "--foreground"] + [w for q in queues for w in ("--queue", q)]
+    arguments += ["--drain"] * drain
+    voices = [start_detached(arguments, lambda: serve(home, queues, drain)) for _ in range(count)]
+    lines = [voice.readline().strip() for voice in voices]
+    for line in lines:
+        if not line.startswith("worker "):
+            raise QueueError(f"a worker did not start: {line.removeprefix('Error: ') or 'see worker.log'}")
+    return sorted(int(line.split()[1]) for line in lines)
+
+
+def living_workers(home: Home, store: Store) -> list[WorkerRow]:
+    """The workers that run now."""
+    return [row for row in store.workers() if is_alive(home, row.id)]
+
+
+def stop_workers(home: Home, store: Store, how: str, timeout_s: float) -> tuple[list[int], list[int]]:
+    """Tell every worker to leave and wait; the ids of those told, and of those still there."""
+    told = [row.id for row in living_workers(home, store)]
+    store.tell_to_stop(told, how)
+    for worker in told:
+        ring(home, worker)
+    deadline = time.monotonic() + timeout_s
+    left = told
+    while left and time.monotonic() < deadline:
+        time.sleep(STOP_LOOK_S)
+        left = [worker for worker in left if is_alive(home, worker)]
+    return told, left
+
+
+# ======================================================================== views
+
+_COLOURS = {"completed": 32, "processing": 36, "failed": 33, "dead": 31, "cancelled": 90, "busy": 36, "stopping": 33}
+
+
+def coloured(word: str, text: str | None = None) -> str:
+    """A text in the colour of a state; whoever prints takes the colour off where it is not wanted."""
+    shown = word if text is None else text
+    return f"\x1b[{_COLOURS[word]}m{shown}\x1b[0m" if word in _COLOURS else shown
+
+
+def duration(seconds: float) -> str:
+    """A length of time, in the two units that matter."""
+    if seconds < 10:
+        return f"{seconds:.3g} s"
+    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    parts: list[str] = []
+    rest = round(seconds)
+    for name, size in units:
+        if rest >= size and len(parts) < 2:
+            parts.append(f"{rest // size} {name}")
+            rest %= size
+    return " ".join(parts)
+
+
+def ago(ms: int | None, now: int) -> str:
+    """A moment as it lies from now."""
+    if ms is None:
+        return "-"
+    away = abs(now - ms) / 1000
+    size, name = next((s, n) for s, n in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if away >= s or s == 1)
+    return f"{int(away / size)} {name} ago" if ms <= now else f"in {math.ceil(away / size)} {name}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """Lines of a table; the last column takes what room is left, and is cut."""
+    sizes = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
+    room = max(10, width - sum(sizes) - 2 * len(sizes))
+    for row in [head, *rows]:
+        cells = [coloured(cell, cell.ljust(size)) for cell, size in zip(row[:-1], sizes, strict=True)]
+        last = row[-1] if len(row[-1]) <= room else row[-1][: room - 3] + "..."
+        yield "  ".join([*cells, last]).rstrip()
+
+
+def job_json(job: Job) -> dict[str, Any]:
+    """A job as JSON shows it."""
+    shown = {name: getattr(job, name) for name in FIELDS if name != "delay"}
+    shown |= {"delay": None, "run_at": iso_time(job.run_at), "hold": bool(job.hold), "snooze": bool(job.snooze)}
+    shown |= {"state": job.state.value, "attempts": job.attempts}
+    for name in ("created_at", "updated_at", "started_at", "finished_at"):
+        shown[name] = iso_time(getattr(job, name))
+    return shown | {"exit_code": job.exit_code, "error": job.error, "worker": job.worker}
+
+
+def attempt_json(attempt: Attempt) -> dict[str, Any]:
+    """An attempt as JSON shows it."""
+    return {
+        "number": attempt.number,
+        "started_at": iso_time(attempt.started_at),
+        "finished_at": iso_time(attempt.ended_at),
+        "worker": attempt.worker,
+        "exit_code": attempt.exit_code,
+        "signal": attempt.signal,
+        "error": attempt.error,
+        "max_rss_bytes": attempt.max_rss,
+        "cpu_seconds": attempt.cpu_s,
+    }
+
+
+def why_waiting(job: Job, found: Obstacles, now: int) -> tuple[str | None, str | None]:
+    """Why a job is not running, and the command that would change it."""
+    if job.state not in WAITING:
+        return None, None
+    if job.hold:
+        return "on hold", f"queuectl release {job.id}"
+    if found.parents:
+        return "after " + ", ".join(found.parents), f"queuectl show {found.parents[0]}"
+    if job.due_at is not None and job.due_at > now:
+        what = "retry due" if job.state is State.FAILED else "due"
+        return f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}", None
+    if found.paused:
+        return f"queue {job.queue} paused", f"queuectl queue resume {job.queue}"
+    if found.max_running is not None and found.running >= found.max_running:
+        return f"queue {job.queue} at its limit of {found.max_running}", f"queuectl queue limit {job.queue} none"
+    if not found.workers:
+        return "no worker is running", "queuectl worker start"
+    if not any(row.takes(job.queue) for row in found.workers):
+        return f"no worker takes queue {job.queue}", f"queuectl worker start --queue {job.queue}"
+    return "waiting for a free worker", None
+
+
+def job_rows(jobs: Sequence[Job], now: int) -> list[list[str]]:
+    """The cells of `list`, a row for each job."""
+    return [
+        [
+            job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
+            printable(command_line(job.command)),
+        ]
+        for job in jobs
+    ]  # fmt: skip
+
+
+JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "COMMAND")
+
+
+def job_lines(jobs: Sequence[Job], more: int, now: int, width: int) -> Iterator[str]:
+    """What `list` prints."""
+    if not jobs:
+        yield "no jobs"
+        return
+    if more:
+        yield f"({more} older jobs are not shown; --limit shows more)"
+    yield from table(JOB_HEAD, job_rows(jobs, now), width)
+
+
+def show_lines(job: Job, history: Sequence[Attempt], reason: tuple[str | None, str | None], log: str,
+               settings: Settings, now: int, width: int) -> Iterator[str]:  # fmt: skip
+    """What `show` prints."""
+    yield f"job        {job.id}"
+    yield f"command    {printable(command_line(job.command))}"
+    yield f"state      {coloured(job.state.value)}" + (f": {reason[0]}" if reason[0] else "")
+    if reason[1]:
+        yield f"try        {reason[1]}"
+    if job.state is State.DEAD:
+        yield f"try        queuectl dlq retry {job.id}"
+    if job.error:
+        yield f"error      {printable(job.error)}"
+    retries = settings.max_retries if job.max_retries is None else job.max_retries
+    yield f"attempts   {job.attempts} of at most {retries + 1}"
+    for name in ("queue", "priority", "tag", "key", "cwd", "timeout", "on_lost"):
+        if getattr(job, name) not in (None, "", 0):
+            yield f"{name:10} {printable(str(getattr(job, name)))}"
+    if job.env:
+        yield f"env        {', '.join(printable(name) for name in job.env)} (values only with --json)"
+    for name in ("created_at", "started_at", "finished_at"):
+        if getattr(job, name) is not None:
+            yield f"{name[:-3]:10} {iso_time(getattr(job, name))} ({ago(getattr(job, name), now)})"
+    yield f"log        {printable(log)}"
+    if history:
+        yield ""
+        yield from table(("TRY", "WORKER", "STARTED", "TOOK", "CPU", "MEMORY", "RESULT"), attempt_rows(history), width)
+
+
+def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
+    """The cells of a job's attempts."""
+    return [
+        [
+            str(a.number), str(a.worker), iso_time(a.started_at) or "", duration((a.ended_at - a.started_at) / 1000),
+            "-" if a.cpu_s is None else duration(a.cpu_s), "-" if a.max_rss is None else f"{a.max_rss >> 20} MiB",
+            printable(a.error or "completed"),
+        ]
+        for a in history
+    ]  # fmt: skip
+
+
+def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], lost: int, paused: Sequence[str]
+                 ) -> Iterator[str]:  # fmt: skip
+    """What `status` prints: where the jobs are, who works, and what to do."""
+    for state, n in counts.items():
+        yield f"{coloured(state.value, f'{state.value:11}')} {n}"
+    yield f"{'total':11} {sum(counts.values())}"
+    states = [row.state for row in workers]
+    shown = ", ".join(f"{states.count(state)} {state}" for state in ("idle", "busy", "stopping") if state in states)
+    yield f"{'workers':11} {len(workers)}" + (f" ({shown})" if shown else "")
+    waiting = counts[State.PENDING] + counts[State.FAILED]
+    if lost:
+        yield f"! {lost} worker(s) died; a running worker puts their jobs in order"
+    if (waiting or counts[State.PROCESSING]) and not workers:
+        yield "! no worker is running; start one: queuectl worker start"
+    if paused:
+        yield f"! paused: {', '.join(paused)}; go on: queuectl queue resume {paused[0]}"
+    if counts[State.DEAD]:
+        yield f"! {counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
+
+
+def worker_json(row: WorkerRow) -> dict[str, Any]:
+    """A worker as JSON shows it."""
+    return {
+        "id": row.id, "pid": row.pid, "host": row.host, "slot": row.slot, "state": row.state, "job": row.job,
+        "queues": row.queues, "since": iso_time(row.started_at),
+    }  # fmt: skip
+
+
+def worker_lines(workers: Sequence[WorkerRow], now: int, width: int) -> Iterator[str]:
+    """What `worker list` prints."""
+    if not workers:
+        yield "no workers; start one: queuectl worker start"
+        return
+    rows = [
+        [
+            str(row.id), str(row.pid), printable(row.host), str(row.slot), row.state, ago(row.started_at, now),
+            row.job or "-", ", ".join(row.queues or ["all"]),
+        ]
+        for row in workers
+    ]  # fmt: skip
+    yield from table(("ID", "PID", "HOST", "SLOT", "STATE", "SINCE", "JOB", "QUEUES"), rows, width)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """p50, p95 and p99 of some values: the smallest that so many per cent do not exceed."""
+    ordered = sorted(values)
+    return {
+        f"p{p}": round(ordered[math.ceil(p / 100 * len(ordered)) - 1], 3) if ordered else None for p in (50, 95, 99)
+    }
+
+
+def metrics_json(counts: Mapping[State, int], times: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """How the queue has done."""
+    completed, dead = counts[State.COMPLETED], counts[State.DEAD]
+    ended = sorted(end for _, _, end in times)
+    span_s = max(1.0, (ended[-1] - ended[0]) / 1000) if ended else None
+    return {
+        "total": sum(counts.values()),
+        "completed": completed,
+        "dead": dead,
+        "success_rate": round(100 * completed / (completed + dead), 1) if completed + dead else None,
+        "wait_seconds": percentiles([max(0, start - since) / 1000 for since, start, _ in times]),
+        "run_seconds": percentiles([(end - start) / 1000 for _, start, end in times]),
+        "jobs_per_second": round(len(ended) / span_s, 3) if span_s else None,
+    }
+
+
+def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What `metrics` prints."""
+    rate = metrics["success_rate"]
+    yield f"📊 Total jobs: {metrics['total']}"
+    yield f"✅ Completed: {metrics['completed']}"
+    yield f"☠️ Dead: {metrics['dead']}"
+    yield f"Success rate: {'-' if rate is None else f'{rate:.1f}%'}"
+    for name, label in (("wait_seconds", "Wait"), ("run_seconds", "Run")):
+        shown = (f"{p} {'-' if v is None else duration(v)}" for p, v in metrics[name].items())
+        yield f"{label} time: {', '.join(shown)}"
+    speed = metrics["jobs_per_second"]
+    yield f"Throughput: {'-' if speed is None else f'{speed:g} jobs/s'} over the newest completed jobs"
+
+
+def plain(value: Any) -> str:
+    """A config value as one would type it."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+# ======================================================================== commands
+
+
+class Program(click.Group):
+    """The command group that turns what goes wrong into one line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line, and exit."""
+        for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show must not stop us
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except QueueError as error:
+            code = _fail(str(error), error.exit_code)
+        except click.ClickException as error:
+            code = _fail(error.format_message(), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            code = EX_INTERRUPTED
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = 0
+        except OSError as error:
+            code = _fail(f"{error.strerror or error}: {error.filename or 'output'}", 1)
+        sys.exit(code or 0)
+
+
+def _fail(text: str, code: int) -> int:
+    first = " ".join(text.split())
+    click.echo(f"Error: {printable(first)}", err=True)
+    return code
+
+
+Program.group_class = Program
+
+
+class TypedCommand(click.Command):
+    """A command after whose `--` everything is left as it was typed."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the words behind `--` apart."""
+        if "--" in args:
+            at = args.index("--")
+            ctx.meta["typed"] = args[at + 1 :]
+            args = args[:at]
+        return super().parse_args(ctx, args)
+
+
+def with_store(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Open the home and its store for a command."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> Any:
+        home = open_home()
+        with Store(home.database) as store:
+            return command(home, store, **options)
+
+    return run
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print lines, coloured where a person looks and has not said NO_COLOR."""
+    colour = False if os.environ.get("NO_COLOR") else None
+    for line in lines:
+        click.echo(line, color=colour)
+
+
+def say_json(document: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(document))
+
+
+def width() -> int:
+    """Columns of the terminal; wide enough for everything where it is not one."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+
+
+def _field_option(name: str, field: Field) -> Callable[[Any], Any]:
+    option = f"--{name.replace('_', '-')}"
+    if field.kind == "flag":
+        return click.option(option, name, is_flag=True, help=field.help)
+    return click.option(option, name, multiple=field.kind == "many", metavar=field.metavar, help=field.help)
+
+
+def field_options(*names: str) -> Callable[[Any], Any]:
+    """An option for each of these fields of a job."""
+
+    def decorate(command: Any) -> Any:
+        return functools.reduce(lambda made, name: _field_option(name, FIELDS[name])(made), reversed(names), command)
+
+    return decorate
+
+
+def selection_options(command: Any) -> Any:
+    """Ids, or --tag and --queue."""
+    command = click.option("--queue", metavar="Q", help="Those of this queue.")(command)
+    command = click.option("--tag", metavar="T", help="Those with this tag.")(command)
+    return click.argument("ids", nargs=-1, metavar="[ID]...")(command)
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="queuectl")
+def cli() -> None:
+    """A background job queue for commands. Its home is ~/.queuectl, or QUEUECTL_HOME."""
+
+
+@cli.command(cls=TypedCommand)
+@click.argument("job", nargs=-1, metavar="[JOB | - | -- COMMAND [ARG]...]")
+@field_options(*(name for name in FIELDS if name != "command"))
+@click.option("--file", "file", type=click.File("rb"), help="JSON Lines from a file.")
+@click.option("--skip-existing", is_flag=True, help="Pass over ids that exist.")
+@json_option
+def enqueue(job: Sequence[str], file: Any, skip_existing: bool, as_json: bool, **options: Any) -> None:
+    """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -."""
+    options["env"] = with_values(options["env"])
+    specs = specs_given(job, click.get_current_context().meta.get("typed"), file, parse_options(options))
+    home = open_home()
+    with Store(home.database) as store:
+        stored = store.enqueue(specs, now_ms(), skip_existing=skip_existing)
+        if as_json:
+            say_json([{"id": id, "created": created} for id, created in stored])
+        else:
+            say(id for id, _ in stored)
+        wake_one(home, store)
+
+
+def specs_given(
+    words: Sequence[str], typed: Sequence[str] | None, file: Any, fields: dict[str, Any]
+) -> Iterator[tuple[str, Spec]]:
+    """The jobs that an `enqueue` names, in whichever of its forms."""
+    fields = {"cwd": here(), **fields}
+    if typed is not None and not words and not file:
+        job = {**fields, "command": typed[0] if len(typed) == 1 else list(typed)}
+        return iter([("", in_place(check_fields(job)))])
+    if (file and not words and typed is None) or list(words) == ["-"]:
+        batch = read_batch(file or sys.stdin.buffer, fields)
+        return ((where, in_place(spec)) for where, spec in batch)
+    if len(words) == 1 and not file and typed is None:
+        given = parse_job(words[0])
+        return iter([("", in_place(check_fields({**fields, **given} if isinstance(given, dict) else given)))])
+    if words and words[0].lstrip().startswith("{"):
+        raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
+    raise BadInput("give one job as JSON, or -, or a command behind --: queuectl enqueue -- echo hello")
+
+
+def in_place(spec: Spec) -> Spec:
+    """A spec whose directory is seen from here."""
+    return {**spec, "cwd": here(spec["cwd"])}
+
+
+@cli.group()
+def worker() -> None:
+    """Start, stop and list workers."""
+
+
+@worker.command("start")
+@click.option("--count", type=click.IntRange(1, 1000), default=1, metavar="N", help="How many; default 1.")
+@click.option("--queue", "queues", multiple=True, metavar="Q", help="Take only this queue; may be repeated.")
+@click.option("--foreground", is_flag=True, help="Be one worker, here, until told to stop.")
+@json_option
+def worker_start(count: int, queues: Sequence[str], foreground: bool, as_json: bool) -> None:
+    """Start detached workers; returns once all are up."""
+    free_of_job(sys.argv[1:])
+    check_queues(queues)
+    home = open_home()
+    Store(home.database).close()
+    if foreground:
+        refuse_several(count)
+        return serve(home, queues, drain=False, echo=True)
+    started = start_workers(home, count, queues, drain=False)
+    if as_json:
+        say_json([{"id": worker} for worker in started])
+    else:
+        say(f"worker {worker} started" for worker in started)
+
+
+def check_queues(queues: Sequence[str]) -> None:
+    """BadInput for a name that no queue can have."""
+    for queue in queues:
+        parse_options({"queue": queue})
+        check_fields({"command": "x", "queue": queue})
+
+
+def refuse_several(count: int) -> None:
+    """A foreground worker is one process."""
+    if count > 1:
+        raise BadInput("--foreground is one worker; start it several times for more")
+
+
+@worker.command("stop")
+@click.option("--now", is_flag=True, help="End their jobs too, and give them back.")
+@click.option("--timeout", metavar="TIME", help="Wait so long at the most.")
+@json_option
+@with_store
+def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
+    """Let each worker finish its job and leave; waits for them."""
+    timeout_s = math.inf if timeout is None else parse_duration(timeout)
+    told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
+    if left:
+        raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
+    if as_json:
+        say_json([{"id": worker} for worker in told])
+    else:
+        say([f"{len(told)} worker{'s' * (len(told) != 1)} stopped"])
+    return 0
+
+
+@worker.command("list")
+@json_option
+@with_store
+def worker_list(home: Home, store: Store, as_json: bool) -> None:
+    """Show the workers that run."""
+    rows = living_workers(home, store)
+    if as_json:
+        say_json([worker_json(row) for row in rows])
+    else:
+        say(worker_lines(rows, now_ms(), width()))
+
+
+@cli.command()
+@json_option
+@with_store
+def status(home: Home, store: Store, as_json: bool) -> None:
+    """Show how many jobs are where, and what stands in the way."""
+    counts, rows, alive = store.counts(), store.workers(), living_workers(home, store)
+    if as_json:
+        say_json(status_json(counts, alive, store.paused()))
+    else:
+        say(status_lines(counts, alive, len(rows) - len(alive), store.paused()))
+
+
+def status_json(counts: Mapping[State, int], workers: Sequence[WorkerRow], paused: list[str]) -> dict[str, Any]:
+    """`status` as JSON."""
+    states = [row.state for row in workers]
+    return {
+        "jobs": {state.value: n for state, n in counts.items()},
+        "total": sum(counts.values()),
+        "workers": {"total": len(states), **{s: states.count(s) for s in ("idle", "busy", "stopping")}},
+        "paused": paused,
+    }
+
+
+@cli.command("list")
+@click.option("--state", type=click.Choice([state.value for state in State]), help="Those in this state.")
+@click.option("--queue", metavar="Q", help="Those of this queue.")
+@click.option("--tag", metavar="T", help="Those with this tag.")
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N; default 100, with --json all.")
+@json_option
+@with_store
+def list_jobs(home: Home, store: Store, state: str | None, queue: str | None, tag: str | None, limit: int | None,
+              as_json: bool) -> None:  # fmt: skip
+    """Show jobs in the order of enqueueing."""
+    show_jobs(store, Selection(tag=tag, queue=queue), [state] if state else [], limit, as_json)
+
+
+def show_jobs(store: Store, where: Selection, states: Sequence[str], limit: int | None, as_json: bool) -> None:
+    """Print jobs, and how many more there are."""
+    if as_json:
+        say_json([job_json(job) for job in store.jobs(where, states, limit)])
+        return
+    jobs = store.jobs(where, states, LIST_ROWS if limit is None else limit)
+    say(job_lines(jobs, store.how_many(where, states) - len(jobs), now_ms(), width()))
+
+
+@cli.command()
+@click.argument("id")
+@json_option
+@with_store
+def show(home: Home, store: Store, id: str, as_json: bool) -> None:
+    """Show one job, whole, with its attempts and why it is not running."""
+    job = store.get(id)
+    history = store.history(job)
+    reason = why_waiting(job, store.obstacles(job), now_ms())
+    if as_json:
+        say_json(job_json(job) | {"reason": reason[0], "history": [attempt_json(a) for a in history]})
+    else:
+        say(show_lines(job, history, reason, home.log(job.id), store.settings(), now_ms(), width()))
+
+
+@cli.command()
+@click.argument("id")
+@click.option("--tail", type=click.IntRange(0), metavar="N", help="The last N lines alone.")
+@with_store
+def logs(home: Home, store: Store, id: str, tail: int | None) -> None:
+    """Print a job's output."""
+    say_log(home.log(store.get(id).id), tail)
+
+
+def say_log(path: str, tail: int | None) -> None:
+    """Print a log, or its last lines, byte for byte."""
+    out = sys.stdout.buffer
+    for block in read_log(path, tail):
+        out.write(block)
+    out.flush()
+
+
+@cli.group()
+def dlq() -> None:
+    """The dead letter queue: jobs whose retries are used up."""
+
+
+all_option = click.option("--all", "every", is_flag=True, help="All of them.")
+
+
+@dlq.command("list")
+@click.option("--queue", metavar="Q", help="Those of this queue.")
+@click.option("--tag", metavar="T", help="Those with this tag.")
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N.")
+@json_option
+@with_store
+def dlq_list(home: Home, store: Store, queue: str | None, tag: str | None, limit: int | None, as_json: bool) -> None:
+    """Show dead jobs."""
+    show_jobs(store, Selection(tag=tag, queue=queue), [State.DEAD.value], limit, as_json)
+
+
+@dlq.command("retry")
+@selection_options
+@all_option
+@json_option
+@with_store
+def dlq_retry(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, every: bool,
+              as_json: bool) -> None:  # fmt: skip
+    """Put dead jobs back to pending, with no attempts made."""
+    done = store.retry_dead(Selection(ids, tag, queue, every), now_ms())
+    wake_one(home, store)
+    say_done(done, "pending again", as_json)
+
+
+@dlq.command("purge")
+@selection_options
+@all_option
+@json_option
+@with_store
+def dlq_purge(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, every: bool,
+              as_json: bool) -> None:  # fmt: skip
+    """Remove dead jobs and their logs for good."""
+    done = store.purge_dead(Selection(ids, tag, queue, every))
+    for id in done:
+        remove_file(home.log(id))
+    say_done(done, "purged", as_json)
+
+
+def say_done(ids: Sequence[str], what: str, as_json: bool) -> None:
+    """Print what has become of some jobs."""
+    if as_json:
+        say_json([{"id": id} for id in ids])
+    else:
+        say([f"{id} {what}" for id in ids] or ["no such jobs"])
+
+
+@cli.command()
+@selection_options
+@json_option
+@with_store
+def release(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool) -> None:
+    """Let jobs on hold go."""
+    done = store.release(Selection(ids, tag, queue), now_ms())
+    wake_one(home, store)
+    say_done(done, "released", as_json)
+
+
+@cli.group()
+def config() -> None:
+    """What holds for every job that does not say otherwise."""
+
+
+@config.command("list")
+@json_option
+@with_store
+def config_list(home: Home, store: Store, as_json: bool) -> None:
+    """Show every key, its value and what it means."""
+    values = store.settings()._asdict()
+    if as_json:
+        say_json(values)
+    else:
+        rows = [[key, plain(value), SETTINGS[key].help] for key, value in values.items()]
+        say(table(("KEY", "VALUE", "MEANING"), rows, width()))
+
+
+@config.command("get")
+@click.argument("key")
+@json_option
+@with_store
+def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
+    """Print a value alone."""
+    value = getattr(store.settings(), setting_key(key))
+    if as_json:
+        say_json(value)
+    else:
+        say([plain(value)])
+
+
+@config.command("set", context_settings={"ignore_unknown_options": True})
+@click.argument("key")
+@click.argument("value")
+@with_store
+def config_set(home: Home, store: Store, key: str, value: str) -> None:
+    """Set a key; it reaches running workers with their next job."""
+    store.configure(setting_key(key), parse_setting(key, value))
+    say([f"{setting_key(key)} = {plain(getattr(store.settings(), setting_key(key)))}"])
+
+
+@config.command("unset")
+@click.argument("key")
+@with_store
+def config_unset(home: Home, store: Store, key: str) -> None:
+    """Go back to a key's default."""
+    store.configure(setting_key(key), None)
+    say([f"{setting_key(key)} = {plain(getattr(store.settings(), setting_key(key)))}"])
+
+
+@cli.command()
+@json_option
+@with_store
+def metrics(home: Home, store: Store, as_json: bool) -> None:
+    """Show how many jobs did well, how long they waited and ran."""
+    found = metrics_json(store.counts(), store.times())
+    if as_json:
+        say_json(found)
+    else:
+        say(shown_here(metrics_lines(found)))
+
+
+def shown_here(lines: Iterable[str]) -> Iterator[str]:
+    """Lines without the emoji that this output cannot show."""
+    encoding = sys.stdout.encoding or "ascii"
+    for line in lines:
+        yield line.encode(encoding, "ignore").decode(encoding).lstrip()
+
+
+main = cli
+
+if __name__ == "__main__":
+    cli(prog_name="queuectl")

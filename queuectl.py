@@ -61,7 +61,10 @@ LOOK_S = 0.25  # how often a worker looks for what no bell told it
 RECOVER_S = 1.0  # how often a worker looks for workers that died
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
-STOP_LOOK_S = 0.02  # how often `worker stop` looks whether they are gone
+STOP_LOOK_S = 0.02  # how often a command that waits looks
+FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
+PAGE_BYTES = 2048  # a job's step touches eight pages and writes them whole: small ones are faster
+WORKER_CHECKPOINT_PAGES = 8_000  # a checkpoint waits for the disk, so workers let the WAL grow to 16 MB
 LIST_ROWS = 100  # rows that a table shows unless told
 MAX_COMMAND_BYTES = 128 * 1024
 MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day that datetime knows
@@ -735,6 +738,15 @@ class Selection(NamedTuple):
 EVERY_JOB = Selection(every=True)
 
 
+class QueueRow(NamedTuple):
+    """A queue, its settings, and how many of its jobs are in each state."""
+
+    name: str
+    paused: bool
+    max_running: int | None
+    counts: dict[State, int]
+
+
 class Obstacles(NamedTuple):
     """What may keep a job from running, beside its own row."""
 
@@ -758,23 +770,23 @@ _BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {
 }  # fmt: skip
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs "
+SORTS = {  # what a list can be sorted by
+    "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
+    "created": "created_at", "changed": "updated_at",
+}  # fmt: skip
 _INSERTED = tuple(name for name in FIELDS if name != "delay") + ("seq", "due_at", "created_at", "updated_at")
 
 
-@contextlib.contextmanager
-def _domain_errors(path: str) -> Iterator[None]:
-    """sqlite3's errors as ours, each in one line that says what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        text = str(error)
-        if "locked" in text or "busy" in text:
-            raise StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done") from error
-        if "full" in text:
-            raise StoreError(f"the disk that holds {path} is full; nothing was stored") from error
-        if "not a database" in text or "malformed" in text:
-            raise StoreError(f"{path} is damaged ({text}); move it away, or put a backup in its place") from error
-        raise StoreError(f"cannot use {path}: {text}") from error
+def _domain_error(path: str, error: sqlite3.Error) -> StoreError:
+    """sqlite3's error as ours, in one line that says what to do."""
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done")
+    if "full" in text:
+        return StoreError(f"the disk that holds {path} is full; nothing was stored")
+    if "not a database" in text or "malformed" in text:
+        return StoreError(f"{path} is damaged ({text}); move it away, or put a backup in its place")
+    return StoreError(f"cannot use {path}: {text}")
 
 
 class Store:
@@ -788,15 +800,21 @@ class Store:
         if sqlite3.sqlite_version_info < (3, 35):
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
         self.path = path
-        with _domain_errors(path):
+        try:
             self._db = sqlite3.connect(path, timeout=patience_s, isolation_level=None)
-            try:
-                self._bring_up(patience_s)
-                if not durable:
-                    self._db.execute("PRAGMA synchronous = NORMAL")
-            except BaseException:
-                self._db.close()
-                raise
+        except sqlite3.Error as error:
+            raise _domain_error(path, error) from error
+        try:
+            self._bring_up(patience_s)
+            if not durable:
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._db.execute(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
+        except sqlite3.Error as error:
+            self._db.close()
+            raise _domain_error(path, error) from error
+        except StoreError:
+            self._db.close()
+            raise
 
     def __enter__(self) -> Store:
         return self
@@ -806,8 +824,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of the database."""
-        with _domain_errors(self.path):
-            self._db.close()
+        self._db.close()
 
     # ---- the database itself
 
@@ -815,6 +832,7 @@ class Store:
         """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
         if self._version() == len(MIGRATIONS):
             return
+        self._db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         deadline = time.monotonic() + patience_s
         while True:
             try:  # a switch to WAL does not wait for others by itself
@@ -848,20 +866,21 @@ class Store:
         if self._db.in_transaction:
             yield
             return
-        with _domain_errors(self.path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        self._change("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._change("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._change("ROLLBACK")
+            raise
 
     def _all(self, sql: str, **values: Any) -> list[Any]:
-        """Every row of a statement; what it changed, where it is not a query, is `_changed`."""
-        with _domain_errors(self.path):
+        """Every row of a statement."""
+        try:
             return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise _domain_error(self.path, error) from error
 
     def _one(self, sql: str, **values: Any) -> Any:
         rows = self._all(sql, **values)
@@ -869,8 +888,12 @@ class Store:
 
     def _change(self, sql: str, **values: Any) -> int:
         """Run a statement; how many rows it changed."""
-        with _domain_errors(self.path):
+        try:
             return self._db.execute(sql, values).rowcount
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            raise _domain_error(self.path, error) from error
 
     def version_seen(self) -> int:
         """A number that changes whenever another process has committed."""
@@ -912,14 +935,9 @@ class Store:
             )
             if holder:
                 return holder[0], False
-        values = {**_BLANK, **spec, "seq": seq, "created_at": now, "updated_at": now}
+        values = {**_BLANK, **self._as_columns(spec, now), "seq": seq, "created_at": now, "updated_at": now}
         values["id"] = spec.get("id") or self._new_id(seq)
-        if "delay" in spec:
-            values["run_at"] = now + round(spec["delay"] * 1000)
         values["due_at"] = values["run_at"] if (values["run_at"] or 0) > now else None
-        for name in JSON_COLUMNS:
-            if values[name] is not None:
-                values[name] = _to_json(values[name])
         try:
             self._db.execute(
                 f"INSERT INTO jobs ({', '.join(_INSERTED)}) VALUES (:{', :'.join(_INSERTED)})", values
@@ -1005,26 +1023,27 @@ class Store:
         None, and nothing changed, where that attempt of that worker is no longer under way.
         """
         with self.writing():
-            row = self._one(
-                """SELECT cancelling FROM jobs
-                WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at""",
-                seq=job.seq, worker=job.worker, started_at=job.started_at,
-            )  # fmt: skip
-            if not row:
-                return None
-            verdict = judge(job._replace(cancelling=bool(row[0])), outcome, settings, now, chance)
-            self._change(
+            verdict = judge(job, outcome, settings, now, chance)
+            ended = self._change(
                 """UPDATE jobs SET state = :state, attempts = :attempts, due_at = :due_at, cancelling = 0,
                     updated_at = :now, finished_at = :finished_at, exit_code = :exit_code, error = :error
-                WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at""",
-                seq=job.seq, worker=job.worker, started_at=job.started_at, now=now,
+                WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at
+                AND cancelling = :cancelling""",
+                seq=job.seq, worker=job.worker, started_at=job.started_at, cancelling=job.cancelling, now=now,
                 state=verdict.state.value, attempts=verdict.attempts, due_at=verdict.due_at,
                 finished_at=now if verdict.state in ENDED else None, exit_code=outcome.exit_code, error=outcome.error,
             )  # fmt: skip
+            if not ended:  # somebody has cancelled it meanwhile, or it is no longer ours
+                asked = not job.cancelling and self._is_cancelling(job)
+                return self.finish(job._replace(cancelling=True), outcome, settings, now, chance) if asked else None
             self._keep_attempt(job, outcome, now)
             if verdict.state in (State.DEAD, State.CANCELLED):
                 self._doom(job._replace(state=verdict.state), now)
         return verdict.state
+
+    def _is_cancelling(self, job: Job) -> bool:
+        row = self._one("SELECT cancelling FROM jobs WHERE seq = :seq", seq=job.seq)
+        return bool(row and row[0])
 
     def _keep_attempt(self, job: Job, outcome: Outcome, now: int) -> None:
         self._change(
@@ -1056,17 +1075,32 @@ class Store:
             raise NotFound(f"no job {printable(id)!r}{nearest(id, newest)}")
         return job_from_row(row)
 
-    def jobs(self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None) -> list[Job]:
-        """The newest jobs that fit, in the order of enqueueing."""
+    def jobs(
+        self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None, sort: str = "seq"
+    ) -> list[Job]:
+        """The newest jobs that fit, in the order of enqueueing or of a column."""
         rows = self._all(
-            _SELECT
-            + """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
+            f"SELECT * FROM ({_SELECT}"
+            """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
                 AND (:tag IS NULL OR tag = :tag) AND (:queue IS NULL OR queue = :queue)
-                ORDER BY seq DESC LIMIT :limit""",
+                ORDER BY seq DESC LIMIT :limit)"""
+            f" ORDER BY {SORTS[sort.removeprefix('-')]} {'DESC' if sort.startswith('-') else ''}, seq",
             states=_to_json(list(states)) if states else None,
             tag=where.tag, queue=where.queue, limit=-1 if limit is None else limit,
         )  # fmt: skip
-        return [job_from_row(row) for row in reversed(rows)]
+        return [job_from_row(row) for row in rows]
+
+    def states_of(self, seqs: Sequence[int]) -> dict[State, int]:
+        """How many of these jobs are in each state; one that was removed is in none."""
+        rows = self._all(
+            """SELECT state, count(*) FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)) GROUP BY state""",
+            seqs=_to_json(seqs),
+        )
+        return {State(state): n for state, n in rows}
+
+    def chosen(self, which: Selection) -> list[Job]:
+        """The jobs selected, in whatever state."""
+        return self._choose(which, list(State), "chosen")
 
     def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
         """How many jobs fit; from the counts where no tag is asked for."""
@@ -1093,13 +1127,62 @@ class Store:
 
     # ---- commands about jobs
 
-    def release(self, which: Selection, now: int) -> list[str]:
-        """Let held jobs go; the ids."""
+    def set_hold(self, which: Selection, hold: bool, now: int) -> list[str]:
+        """Keep waiting jobs from starting, or let them go; the ids."""
         with self.writing():
-            chosen = self._choose(which, WAITING, "released")
+            chosen = self._choose(which, WAITING, "held" if hold else "released")
             for job in chosen:
-                self._change("UPDATE jobs SET hold = 0, updated_at = :now WHERE seq = :seq", seq=job.seq, now=now)
+                self._change(
+                    "UPDATE jobs SET hold = :hold, updated_at = :now WHERE seq = :seq", seq=job.seq, hold=hold, now=now
+                )
         return [job.id for job in chosen]
+
+    def cancel(self, which: Selection, now: int) -> list[Job]:
+        """Waiting jobs never run; those under way are marked, and their workers are to be rung. As they were."""
+        with self.writing():
+            chosen = self._choose(which, [*WAITING, State.PROCESSING], "cancelled")
+            for job in chosen:
+                if job.state is State.PROCESSING:
+                    self._change("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
+                    continue
+                self._change(
+                    """UPDATE jobs SET state = 'cancelled', updated_at = :now, finished_at = :now
+                    WHERE seq = :seq AND state IN ('pending', 'failed')""",
+                    seq=job.seq, now=now,
+                )  # fmt: skip
+                self._doom(job._replace(state=State.CANCELLED), now)
+        return chosen
+
+    def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
+        """Change fields of jobs that are not running; the ids."""
+        values = self._as_columns(spec, now)
+        if "run_at" in values:
+            values["due_at"] = values["run_at"] if values["run_at"] > now else None
+        columns = ", ".join(f"{name} = :{name}" for name in values)
+        with self.writing():
+            chosen = self._choose(which, WAITING, "edited")
+            for job in chosen:
+                try:
+                    self._change(
+                        f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
+                    )
+                except sqlite3.IntegrityError:
+                    raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
+                if "after" in spec:
+                    self._change("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
+                    self._wait_for(job.seq, job.id, spec["after"] or (), now)
+        return [job.id for job in chosen]
+
+    @staticmethod
+    def _as_columns(spec: Spec, now: int) -> dict[str, Any]:
+        """The values of a spec as their columns hold them."""
+        values = {name: value for name, value in spec.items() if name != "delay"}
+        if "delay" in spec:
+            values["run_at"] = now + round(spec["delay"] * 1000)
+        for name in JSON_COLUMNS:
+            if values.get(name) is not None:
+                values[name] = _to_json(values[name])
+        return values
 
     def retry_dead(self, which: Selection, now: int) -> list[str]:
         """Dead jobs back to `pending` with no attempts made, and with them what died because of them."""
@@ -1132,6 +1215,25 @@ class Store:
             seq=job.seq,
         )
         return [job_from_row(row) for row in rows]
+
+    def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 200) -> Iterator[list[str]]:
+        """Remove jobs that ended before a moment, in transactions so small that no worker waits for long."""
+        seq = 0
+        while True:
+            with contextlib.nullcontext() if dry_run else self.writing():
+                rows = self._all(
+                    """SELECT seq, id FROM jobs WHERE seq > :seq AND finished_at < :before
+                        AND state IN (SELECT value FROM json_each(:states)) ORDER BY seq LIMIT :batch""",
+                    seq=seq, before=before, states=_to_json([state.value for state in states]), batch=batch,
+                )  # fmt: skip
+                for row in () if dry_run else rows:
+                    self._change("DELETE FROM jobs WHERE seq = :seq", seq=row[0])
+                if not rows and not dry_run:
+                    self._change("DELETE FROM counts WHERE n = 0")
+            if not rows:
+                return
+            seq = rows[-1][0]
+            yield [row[1] for row in rows]
 
     def purge_dead(self, which: Selection) -> list[str]:
         """Remove dead jobs for good; the ids, whose logs are to be removed."""
@@ -1182,12 +1284,54 @@ class Store:
         row = self._one("SELECT stop FROM workers WHERE id = :worker", worker=worker)
         if not row:
             return Orders(registered=False)
-        asked = job and self._one("SELECT cancelling FROM jobs WHERE seq = :seq", seq=job.seq)
-        return Orders(True, row[0], bool(asked and asked[0]))
+        return Orders(True, row[0], job is not None and self._is_cancelling(job))
 
     def has_ready(self) -> bool:
         """Does a job wait for nothing but a worker?"""
         return self._one("SELECT 1 FROM jobs WHERE ready LIMIT 1") is not None
+
+    def could_run(self, queues: Sequence[str] | None) -> bool:
+        """Is anything left for a worker: running, ready or due later, and neither held, blocked nor paused?"""
+        row = self._one(
+            """SELECT 1 FROM jobs WHERE (state = 'processing'
+                OR (state IN ('pending', 'failed') AND hold = 0 AND blockers = 0
+                    AND queue NOT IN (SELECT name FROM queues WHERE paused)))
+                AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))) LIMIT 1""",
+            queues=None if queues is None else _to_json(queues),
+        )
+        return row is not None
+
+    # ---- queues
+
+    def queues(self) -> list[QueueRow]:
+        """Every queue that holds a job, is paused or has a limit."""
+        rows = self._all(
+            """SELECT names.queue, coalesce(paused, 0), max_running FROM
+                (SELECT queue FROM counts WHERE n > 0 UNION SELECT name FROM queues) AS names
+                LEFT JOIN queues ON queues.name = names.queue ORDER BY names.queue"""
+        )
+        counts: dict[str, dict[str, int]] = {}
+        for state, queue, n in self._all("SELECT state, queue, n FROM counts"):
+            counts.setdefault(queue, {})[state] = n
+        return [
+            QueueRow(name, bool(paused), limit, {s: counts.get(name, {}).get(s.value, 0) for s in State})
+            for name, paused, limit in rows
+        ]
+
+    def set_paused(self, names: Sequence[str], paused: bool) -> None:
+        """Start nothing new in these queues, or go on."""
+        self._set_queues("paused", names, int(paused))
+
+    def set_limit(self, name: str, max_running: int | None) -> None:
+        """Let at most so many jobs of a queue run at once."""
+        self._set_queues("max_running", [name], max_running)
+
+    def _set_queues(self, column: str, names: Sequence[str], value: int | None) -> None:
+        with self.writing():
+            for name in names:
+                self._change("INSERT OR IGNORE INTO queues (name) VALUES (:name)", name=name)
+                self._change(f"UPDATE queues SET {column} = :value WHERE name = :name", name=name, value=value)
+            self._change("DELETE FROM queues WHERE NOT paused AND max_running IS NULL")
 
     # ---- looking
 
@@ -1731,6 +1875,7 @@ else:
         for fd in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(fd), False)
+        bytearray(4 << 20)  # teaches glibc not to give memory back after every statement that sorts
         pr_set_child_subreaper = 36
         with contextlib.suppress(AttributeError, OSError):  # Linux has it alone
             _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
@@ -1777,16 +1922,38 @@ def iso_time(ms: int | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def read_log(path: str, tail: int | None = None) -> Iterator[bytes]:
-    """A log in blocks, or its last lines; nothing where there is none yet."""
+def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """A log in blocks, from one place to another; nothing where there is none yet."""
     try:
         file = open(path, "rb")
     except FileNotFoundError:
         return
     with file:
-        file.seek(0 if tail is None else _start_of_last_lines(file, tail))
-        while block := file.read(1 << 20):
+        file.seek(start)
+        left = sys.maxsize if end is None else end - start
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            left -= len(block)
             yield block
+
+
+def tail_start(path: str, lines: int) -> int:
+    """Where the last lines of a log begin."""
+    try:
+        with open(path, "rb") as file:
+            return _start_of_last_lines(file, lines)
+    except FileNotFoundError:
+        return 0
+
+
+def fold_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Output as a terminal would leave it: of a line that a carriage return began anew, the last state."""
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r").rpartition(b"\r")[2] + (b"\r\n" if line.endswith(b"\r") else b"\n")
+    if rest:
+        yield rest.rstrip(b"\r").rpartition(b"\r")[2]
 
 
 def _start_of_last_lines(file: BinaryIO, lines: int) -> int:
@@ -1962,7 +2129,7 @@ class Worker:
                 if came_idle:
                     self._pass_on()
                 report = job, self._attempt(job)
-            elif self._is_leaving():
+            elif self._is_leaving() or (came_idle and self._is_drained()):
                 break
             elif came_idle:  # otherwise claim once more first: the version is noted only then
                 self._wait()
@@ -2025,6 +2192,11 @@ class Worker:
             self._say("was taken for dead, leaves")
         return bool(self._signals or orders.stop or not orders.registered)
 
+    def _is_drained(self) -> bool:
+        with contextlib.suppress(StoreError):
+            return self._row.drain and not self._store.could_run(self._row.queues)
+        return False
+
     def _orders(self, job: Job | None) -> Orders:
         try:
             return self._store.orders(self._row.id, job)
@@ -2049,9 +2221,9 @@ class Worker:
         """Sleep until there may be something to do."""
         try:
             due = self._store.next_due()
-            while not self._signals:
+            while not self._signals and self._store.version_seen() == self._version:
                 left_s = LOOK_S if due is None else min(LOOK_S, (due - now_ms()) / 1000)
-                if left_s <= 0 or self._bell.wait(left_s) or self._store.version_seen() != self._version:
+                if left_s <= 0 or self._bell.wait(left_s):
                     return
                 self._recover_if_time()
         except StoreError as error:
@@ -2090,6 +2262,7 @@ class Worker:
                 self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value}")
         self._store.unregister(dead.id)
         remove_file(self._home.bell(dead.id))
+        self._version = -1  # what we commit ourselves is no news to our connection
 
 
 def attempt_mark(home: Home, job: Job) -> str:
@@ -2183,6 +2356,50 @@ def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) ->
 def living_workers(home: Home, store: Store) -> list[WorkerRow]:
     """The workers that run now."""
     return [row for row in store.workers() if is_alive(home, row.id)]
+
+
+def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
+    """Cancel jobs, and wait until the processes of those under way are ended; the ids."""
+    chosen = store.cancel(which, now_ms())
+    holders = {job.worker for job in chosen if job.state is State.PROCESSING and job.worker}
+    for worker in holders:
+        ring(home, worker)
+    seqs = [job.seq for job in chosen]
+    while any(is_alive(home, worker) for worker in holders) and State.PROCESSING in store.states_of(seqs):
+        time.sleep(STOP_LOOK_S)
+    return [job.id for job in chosen]
+
+
+def wait_for_jobs(
+    store: Store, seqs: Sequence[int] | None, timeout_s: float, progress: Callable[[int], object]
+) -> dict[State, int] | None:
+    """Wait until these jobs, or with None all of the queue, have ended; how they did. None at the time-out."""
+    deadline = time.monotonic() + timeout_s
+    seen = None
+    while True:
+        version = store.version_seen()
+        if version != seen:
+            found = store.counts() if seqs is None else store.states_of(seqs)
+            seen = version
+            progress(sum(found.get(state, 0) for state in ENDED))
+            if not any(found.get(state, 0) for state in (*WAITING, State.PROCESSING)):
+                return found
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(STOP_LOOK_S)
+
+
+def follow_log(store: Store, path: str, job: Job, write: Callable[[bytes], object], start: int = 0) -> Job:
+    """Hand on a job's output as it comes, through retries, until the job has ended; the job then."""
+    at = start
+    while True:
+        job = store.get(job.id)  # first, so that what was written before its end is read after
+        for block in read_log(path, at):
+            at += len(block)
+            write(block)
+        if job.state in ENDED:
+            return job
+        time.sleep(FOLLOW_LOOK_S)
 
 
 def stop_workers(home: Home, store: Store, how: str, timeout_s: float) -> tuple[list[int], list[int]]:
@@ -2374,6 +2591,27 @@ def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], lost
         yield f"! {counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
 
 
+def queue_json(row: QueueRow) -> dict[str, Any]:
+    """A queue as JSON shows it."""
+    counts = {state.value: n for state, n in row.counts.items()}
+    return {"queue": row.name, "paused": row.paused, "limit": row.max_running, "jobs": counts}
+
+
+def queue_lines(rows: Sequence[QueueRow], width: int) -> Iterator[str]:
+    """What `queue list` prints."""
+    cells = [
+        [row.name, *(str(n) for n in row.counts.values()), str(row.max_running or "-"), "paused" if row.paused else "-"]
+        for row in rows
+    ]
+    yield from table(("QUEUE", *(state.value.upper() for state in State), "LIMIT", "PAUSED"), cells, width)
+
+
+def export_line(job: Job) -> str:
+    """A job as a line that `enqueue -` reads back."""
+    shown = {name: value for name, value in job_json(job).items() if name in FIELDS}
+    return json.dumps({name: value for name, value in shown.items() if value is not None})
+
+
 def worker_json(row: WorkerRow) -> dict[str, Any]:
     """A worker as JSON shows it."""
     return {
@@ -2556,8 +2794,9 @@ def cli() -> None:
 @field_options(*(name for name in FIELDS if name != "command"))
 @click.option("--file", "file", type=click.File("rb"), help="JSON Lines from a file.")
 @click.option("--skip-existing", is_flag=True, help="Pass over ids that exist.")
+@click.option("--wait", is_flag=True, help="Stay, show the output, exit with the exit code (124: timed out).")
 @json_option
-def enqueue(job: Sequence[str], file: Any, skip_existing: bool, as_json: bool, **options: Any) -> None:
+def enqueue(job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_json: bool, **options: Any) -> int:
     """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -."""
     options["env"] = with_values(options["env"])
     specs = specs_given(job, click.get_current_context().meta.get("typed"), file, parse_options(options))
@@ -2569,6 +2808,35 @@ def enqueue(job: Sequence[str], file: Any, skip_existing: bool, as_json: bool, *
         else:
             say(id for id, _ in stored)
         wake_one(home, store)
+        return see_through(home, store, [id for id, _ in stored]) if wait else 0
+
+
+def see_through(home: Home, store: Store, ids: Sequence[str]) -> int:
+    """Wait for jobs, showing the output of one alone; what to exit with."""
+    jobs = [store.get(id) for id in ids]
+    if len(jobs) != 1:
+        found = wait_for_jobs(store, [job.seq for job in jobs], math.inf, lambda _: None)
+        return int(found is None or any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
+    job = follow_log(store, home.log(jobs[0].id), jobs[0], write_out)
+    history = store.history(job)
+    return exit_code_of(job, history[-1] if history else None)
+
+
+def write_out(block: bytes) -> None:
+    """Bytes to standard output, at once."""
+    sys.stdout.buffer.write(block)
+    sys.stdout.buffer.flush()
+
+
+def exit_code_of(job: Job, last: Attempt | None) -> int:
+    """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
+    if job.state is State.COMPLETED:
+        return 0
+    if (job.error or "").startswith("timed out"):
+        return EX_TIMED_OUT
+    if job.exit_code is None and last and last.signal:
+        return 128 + last.signal
+    return job.exit_code or 1
 
 
 def specs_given(
@@ -2604,8 +2872,9 @@ def worker() -> None:
 @click.option("--count", type=click.IntRange(1, 1000), default=1, metavar="N", help="How many; default 1.")
 @click.option("--queue", "queues", multiple=True, metavar="Q", help="Take only this queue; may be repeated.")
 @click.option("--foreground", is_flag=True, help="Be one worker, here, until told to stop.")
+@click.option("--drain", is_flag=True, help="Leave when nothing is left that could run.")
 @json_option
-def worker_start(count: int, queues: Sequence[str], foreground: bool, as_json: bool) -> None:
+def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: bool, as_json: bool) -> None:
     """Start detached workers; returns once all are up."""
     free_of_job(sys.argv[1:])
     check_queues(queues)
@@ -2613,8 +2882,8 @@ def worker_start(count: int, queues: Sequence[str], foreground: bool, as_json: b
     Store(home.database).close()
     if foreground:
         refuse_several(count)
-        return serve(home, queues, drain=False, echo=True)
-    started = start_workers(home, count, queues, drain=False)
+        return serve(home, queues, drain, echo=True)
+    started = start_workers(home, count, queues, drain)
     if as_json:
         say_json([{"id": worker} for worker in started])
     else:
@@ -2665,10 +2934,20 @@ def worker_list(home: Home, store: Store, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--watch", is_flag=True, help="Redraw every second until Ctrl-C.")
 @json_option
 @with_store
-def status(home: Home, store: Store, as_json: bool) -> None:
+def status(home: Home, store: Store, watch: bool, as_json: bool) -> None:
     """Show how many jobs are where, and what stands in the way."""
+    while watch:
+        click.clear()
+        show_status(home, store, as_json)
+        time.sleep(1)
+    show_status(home, store, as_json)
+
+
+def show_status(home: Home, store: Store, as_json: bool) -> None:
+    """Print the status once."""
     counts, rows, alive = store.counts(), store.workers(), living_workers(home, store)
     if as_json:
         say_json(status_json(counts, alive, store.paused()))
@@ -2692,20 +2971,24 @@ def status_json(counts: Mapping[State, int], workers: Sequence[WorkerRow], pause
 @click.option("--queue", metavar="Q", help="Those of this queue.")
 @click.option("--tag", metavar="T", help="Those with this tag.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N; default 100, with --json all.")
+@click.option("--sort", type=click.Choice([f"{sign}{key}" for key in SORTS for sign in ("", "-")]), default="seq",
+              metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
 @json_option
 @with_store
 def list_jobs(home: Home, store: Store, state: str | None, queue: str | None, tag: str | None, limit: int | None,
-              as_json: bool) -> None:  # fmt: skip
+              sort: str, as_json: bool) -> None:  # fmt: skip
     """Show jobs in the order of enqueueing."""
-    show_jobs(store, Selection(tag=tag, queue=queue), [state] if state else [], limit, as_json)
+    show_jobs(store, Selection(tag=tag, queue=queue), [state] if state else [], limit, as_json, sort)
 
 
-def show_jobs(store: Store, where: Selection, states: Sequence[str], limit: int | None, as_json: bool) -> None:
+def show_jobs(
+    store: Store, where: Selection, states: Sequence[str], limit: int | None, as_json: bool, sort: str = "seq"
+) -> None:
     """Print jobs, and how many more there are."""
     if as_json:
-        say_json([job_json(job) for job in store.jobs(where, states, limit)])
+        say_json([job_json(job) for job in store.jobs(where, states, limit, sort)])
         return
-    jobs = store.jobs(where, states, LIST_ROWS if limit is None else limit)
+    jobs = store.jobs(where, states, LIST_ROWS if limit is None else limit, sort)
     say(job_lines(jobs, store.how_many(where, states) - len(jobs), now_ms(), width()))
 
 
@@ -2726,19 +3009,104 @@ def show(home: Home, store: Store, id: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("id")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="The last N lines alone.")
+@click.option("--attempt", type=click.IntRange(1), metavar="K", help="The output of attempt K alone.")
+@click.option("--raw", is_flag=True, help="Every byte, progress bars in all their states.")
 @with_store
-def logs(home: Home, store: Store, id: str, tail: int | None) -> None:
+def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, attempt: int | None, raw: bool) -> None:
     """Print a job's output."""
-    say_log(home.log(store.get(id).id), tail)
+    job = store.get(id)
+    path = home.log(job.id)
+    start, end = log_range(job, store.history(job), attempt)
+    start = start if tail is None else max(start, tail_start(path, tail))
+    if follow:
+        follow_log(store, path, job, write_out, start)
+        return
+    blocks = read_log(path, start, end)
+    for block in blocks if raw else fold_returns(blocks):
+        sys.stdout.buffer.write(block)
+    sys.stdout.buffer.flush()
 
 
-def say_log(path: str, tail: int | None) -> None:
-    """Print a log, or its last lines, byte for byte."""
-    out = sys.stdout.buffer
-    for block in read_log(path, tail):
-        out.write(block)
-    out.flush()
+def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
+    """Where the output of an attempt begins and ends in the log, or with None all of it."""
+    if number is None:
+        return 0, None
+    for attempt in reversed(history):
+        if attempt.number == number and attempt.log_start is not None:
+            return attempt.log_start, attempt.log_end
+    if job.state is State.PROCESSING and job.attempts == number:
+        return max((attempt.log_end or 0 for attempt in history), default=0), None
+    raise NotFound(f"job {job.id} has no attempt {number}")
+
+
+@cli.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--tag", metavar="T", help="Those with this tag.")
+@click.option("--queue", metavar="Q", help="Those of this queue.")
+@click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
+@with_store
+def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, timeout: str | None) -> int:
+    """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
+    some = bool(ids or tag or queue)
+    jobs = store.chosen(Selection(ids, tag, queue)) if some else []
+    total = len(jobs) if some else sum(store.counts().values())
+    timeout_s = math.inf if timeout is None else parse_duration(timeout)
+    with progress_to(total) as progress:
+        found = wait_for_jobs(store, [job.seq for job in jobs] if some else None, timeout_s, progress)
+    if found is None:
+        return EX_TIMED_OUT
+    return int(any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
+
+
+@contextlib.contextmanager
+def progress_to(total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal, told how far it has come; elsewhere nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=total, file=sys.stderr, show_pos=True) as bar:
+        yield lambda done: bar.update(min(done, total) - bar.pos)
+
+
+@cli.command()
+@selection_options
+@json_option
+@with_store
+def cancel(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool) -> None:
+    """Let waiting jobs never run, and end those that do."""
+    say_done(cancel_jobs(home, store, Selection(ids, tag, queue)), "cancelled", as_json)
+
+
+@cli.command(cls=TypedCommand)
+@selection_options
+@field_options(*(name for name in FIELDS if name not in ("id", "queue", "tag")))
+@json_option
+@with_store
+def edit(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool,
+         **options: Any) -> None:  # fmt: skip
+    """Change jobs that are not running; a command behind -- replaces theirs.
+
+    With ids, --queue and --tag are new values; without, they choose the jobs.
+    """
+    if ids:
+        options |= {"tag": tag, "queue": queue}
+    spec = changes_given(click.get_current_context().meta.get("typed"), options)
+    done = store.edit(Selection(ids) if ids else Selection((), tag, queue), spec, now_ms())
+    wake_one(home, store)
+    say_done(done, "edited", as_json)
+
+
+def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any]) -> Spec:
+    """The fields that an `edit` names."""
+    fields = parse_options({**options, "env": with_values(options["env"])})
+    if typed:
+        fields["command"] = typed[0] if len(typed) == 1 else list(typed)
+    if not fields:
+        raise BadInput("name a field to change, for example --priority 5")
+    spec = check_fields({"command": "x", **fields})
+    return {name: here(value) if name == "cwd" else value for name, value in spec.items() if name in fields}
 
 
 @cli.group()
@@ -2799,11 +3167,115 @@ def say_done(ids: Sequence[str], what: str, as_json: bool) -> None:
 @selection_options
 @json_option
 @with_store
+def hold(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool) -> None:
+    """Keep waiting jobs from starting until `release`."""
+    say_done(store.set_hold(Selection(ids, tag, queue), True, now_ms()), "on hold", as_json)
+
+
+@cli.command()
+@selection_options
+@json_option
+@with_store
 def release(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool) -> None:
     """Let jobs on hold go."""
-    done = store.release(Selection(ids, tag, queue), now_ms())
+    done = store.set_hold(Selection(ids, tag, queue), False, now_ms())
     wake_one(home, store)
     say_done(done, "released", as_json)
+
+
+@cli.group("queue")
+def queue_group() -> None:
+    """Pause, resume and limit queues."""
+
+
+@queue_group.command("list")
+@json_option
+@with_store
+def queue_list(home: Home, store: Store, as_json: bool) -> None:
+    """Show how many jobs each queue holds."""
+    if as_json:
+        say_json([queue_json(row) for row in store.queues()])
+    else:
+        say(queue_lines(store.queues(), width()))
+
+
+@queue_group.command("pause")
+@click.argument("names", nargs=-1, metavar="[Q]...")
+@all_option
+@with_store
+def queue_pause(home: Home, store: Store, names: Sequence[str], every: bool) -> None:
+    """Start nothing new in these queues."""
+    chosen = queues_given(store, names, every)
+    store.set_paused(chosen, True)
+    say(f"{name} paused" for name in chosen)
+
+
+@queue_group.command("resume")
+@click.argument("names", nargs=-1, metavar="[Q]...")
+@all_option
+@with_store
+def queue_resume(home: Home, store: Store, names: Sequence[str], every: bool) -> None:
+    """Go on with these queues."""
+    chosen = queues_given(store, names, every)
+    store.set_paused(chosen, False)
+    wake_one(home, store)
+    say(f"{name} resumed" for name in chosen)
+
+
+def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
+    """The queues named, or all that there are."""
+    check_queues(names)
+    if not names and not every:
+        raise BadInput("name a queue, or say --all")
+    return [row.name for row in store.queues()] if every else list(names)
+
+
+@queue_group.command("limit")
+@click.argument("name", metavar="Q")
+@click.argument("limit", metavar="N|none")
+@with_store
+def queue_limit(home: Home, store: Store, name: str, limit: str) -> None:
+    """Let at most N jobs of a queue run at once."""
+    check_queues([name])
+    store.set_limit(name, None if limit == "none" else check_limit(limit))
+    wake_one(home, store)
+    say([f"{name} limit {limit}"])
+
+
+def check_limit(text: str) -> int:
+    """The limit that a word means; BadInput where it means none."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise BadInput(f"a limit must be a number of at least 1, or none; not {text!r}")
+    return int(text)
+
+
+@cli.command()
+@click.option("--older-than", default="0", metavar="TIME", help="Ended at least so long ago.")
+@click.option("--state", "states", multiple=True, type=click.Choice([s.value for s in ENDED]), help="In this state.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@json_option
+@with_store
+def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_run: bool, as_json: bool) -> None:
+    """Remove jobs that have ended, and their logs."""
+    before = now_ms() - round(parse_duration(older_than) * 1000) + 1
+    removed = 0
+    for ids in store.prune([State(state) for state in states] or ENDED, before, dry_run=dry_run):
+        removed += len(ids)
+        for id in () if dry_run else ids:
+            remove_file(home.log(id))
+    what = "would be removed" if dry_run else "removed"
+    if as_json:
+        say_json({"removed": removed, "dry_run": dry_run})
+    else:
+        say([f"{removed} job{'s' * (removed != 1)} {what}"])
+
+
+@cli.command()
+@click.option("--state", "states", multiple=True, type=click.Choice([s.value for s in State]), help="In this state.")
+@with_store
+def export(home: Home, store: Store, states: Sequence[str]) -> None:
+    """Write jobs as JSON Lines that `enqueue -` reads back."""
+    say(export_line(job) for job in store.jobs(states=states))
 
 
 @cli.group()

@@ -58,7 +58,7 @@ import click
 __version__ = "1.0.0"
 
 LOOK_S = 0.25  # how often a worker looks for what no bell told it
-RECOVER_S = 1.0  # how often a worker looks for workers that died
+TEND_S = 1.0  # how often a worker looks for workers that died
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
 STOP_LOOK_S = 0.02  # how often a command that waits looks
@@ -66,6 +66,7 @@ FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
 PAGE_BYTES = 2048  # a job's step touches eight pages and writes them whole: small ones are faster
 WORKER_CHECKPOINT_PAGES = 8_000  # a checkpoint waits for the disk, so workers let the WAL grow to 16 MB
 LIST_ROWS = 100  # rows that a table shows unless told
+LOW_DISK_BYTES = 100 << 20  # where `doctor` begins to worry
 MAX_COMMAND_BYTES = 128 * 1024
 MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day that datetime knows
 EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127, 126, 75, 124, 130
@@ -789,6 +790,11 @@ def _domain_error(path: str, error: sqlite3.Error) -> StoreError:
     return StoreError(f"cannot use {path}: {text}")
 
 
+def sqlite_version() -> str:
+    """Of the library that this Python uses."""
+    return sqlite3.sqlite_version
+
+
 class Store:
     """The queue in its database; every method is one transaction, or part of the one that is open.
 
@@ -953,7 +959,7 @@ class Store:
     def _new_id(self, seq: int) -> str:
         """Short, never used twice, and sorting as the jobs were made up to 268 million of them."""
         made_up = f"j{seq:07x}"
-        while self._one("SELECT 1 FROM jobs WHERE id = :id", id=made_up):
+        while self.exists(made_up):
             made_up += "x"  # somebody chose just this name
         return made_up
 
@@ -1074,6 +1080,10 @@ class Store:
             newest = [r[0] for r in self._all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
             raise NotFound(f"no job {printable(id)!r}{nearest(id, newest)}")
         return job_from_row(row)
+
+    def exists(self, id: str) -> bool:
+        """Is there a job of that id?"""
+        return self._one("SELECT 1 FROM jobs WHERE id = :id", id=id) is not None
 
     def jobs(
         self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None, sort: str = "seq"
@@ -1304,10 +1314,11 @@ class Store:
     # ---- queues
 
     def queues(self) -> list[QueueRow]:
-        """Every queue that holds a job, is paused or has a limit."""
+        """The default queue, and every other that holds a job, is paused or has a limit."""
         rows = self._all(
             """SELECT names.queue, coalesce(paused, 0), max_running FROM
-                (SELECT queue FROM counts WHERE n > 0 UNION SELECT name FROM queues) AS names
+                (SELECT 'default' AS queue UNION SELECT queue FROM counts WHERE n > 0 UNION SELECT name FROM queues)
+                AS names
                 LEFT JOIN queues ON queues.name = names.queue ORDER BY names.queue"""
         )
         counts: dict[str, dict[str, int]] = {}
@@ -1371,6 +1382,78 @@ class Store:
                 WHERE state = 'completed' ORDER BY seq DESC LIMIT :newest""",
             newest=newest,
         )
+
+    # ---- the database as a patient
+
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with the file; nothing where it is whole."""
+        return [row[0] for row in self._all("PRAGMA integrity_check") if row[0] != "ok"]
+
+    def miscounts(self) -> list[str]:
+        """Where counters and links disagree with the rows that they are about."""
+        counts = self._all(
+            """SELECT queue, state, sum(n) FROM (
+                SELECT queue, state, count(*) AS n FROM jobs GROUP BY queue, state
+                UNION ALL SELECT queue, state, -n FROM counts) GROUP BY queue, state HAVING sum(n) <> 0"""
+        )
+        blocked = self._all(
+            """SELECT id FROM jobs WHERE blockers <> (SELECT count(*) FROM dependencies JOIN jobs AS parent
+                ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state <> 'completed')"""
+        )
+        ownerless = self._all(
+            "SELECT id FROM jobs WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)"
+        )
+        return (
+            [f"the count of {state} jobs in queue {queue} is off by {n}" for queue, state, n in counts]
+            + [f"job {id} waits for a wrong number of parents" for (id,) in blocked]
+            + [f"job {id} is processing with a worker that does not exist" for (id,) in ownerless]
+        )
+
+    def repair(self, now: int) -> None:
+        """Make counters and links anew from the rows, and the indexes from the tables."""
+        with self.writing():
+            self._change("REINDEX")
+            self._change("DELETE FROM counts")
+            self._change("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
+            self._change(
+                """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies JOIN jobs AS parent
+                    ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state <> 'completed')"""
+            )
+            self._change(
+                """UPDATE jobs SET state = 'failed', error = 'its worker is not known', updated_at = :now
+                    WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)""",
+                now=now,
+            )
+
+    def back_up(self, path: str) -> None:
+        """A consistent copy of the database, while workers go on."""
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                self._db.backup(copy)
+        except sqlite3.Error as error:
+            raise _domain_error(path, error) from error
+
+    def restore(self, path: str) -> None:
+        """Take the place of this database by a copy; ids that were made up since are not made up again."""
+        made = (self._one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or (0,))[0]
+        with Store(path) as copy:
+            if problems := copy.damage():
+                raise StoreError(f"{path} is damaged: {problems[0]}")
+            try:
+                copy._db.backup(self._db)
+            except sqlite3.Error as error:
+                raise _domain_error(self.path, error) from error
+        with self.writing():
+            self._change("UPDATE sqlite_sequence SET seq = max(seq, :made) WHERE name = 'jobs'", made=made)
+
+    def set_clock_back(self, now: int) -> None:
+        """Retries counted from a moment that now lies ahead are counted from now."""
+        with self.writing():
+            self._change(
+                """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
+                    WHERE state = 'failed' AND updated_at > :now AND due_at > updated_at""",
+                now=now,
+            )
 
     # ---- config
 
@@ -1452,6 +1535,56 @@ def open_home() -> Home:
     return home
 
 
+def home_problems(home: Home, jobs: Callable[[str], bool]) -> Iterator[str]:
+    """What is wrong with a home beside its database; `jobs` says whether a job of that id exists."""
+    for path in (home.path, home.database, home.worker_log):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+            yield f"{path} cannot be read and written"
+        elif os.path.exists(path) and is_open_to_others(path):
+            yield f"{path} can be read by others; run: chmod go= {path}"
+    if is_remote(home.path):
+        yield f"{home.path} is on a network file system, which cannot hold a WAL database; use a local one"
+    logs = os.listdir(os.path.dirname(home.log("")))
+    stray = [name for name in logs if not (name.endswith(".log") and jobs(name.removesuffix(".log")))]
+    if stray:
+        yield f"{len(stray)} logs belong to no job, {stray[0]} among them"
+
+
+def remove_stray_logs(home: Home, jobs: Callable[[str], bool]) -> None:
+    """Remove the logs that belong to no job."""
+    for name in os.listdir(os.path.dirname(home.log(""))):
+        if not (name.endswith(".log") and jobs(name.removesuffix(".log"))):
+            remove_file(os.path.join(os.path.dirname(home.log("")), name))
+
+
+def free_bytes(path: str) -> int:
+    """What the disk that holds a path has left."""
+    import shutil
+
+    return shutil.disk_usage(path).free
+
+
+def make_private(home: Home) -> None:
+    """Take the home and its files from everybody but their owner."""
+    for folder, _, names in os.walk(home.path):
+        os.chmod(folder, 0o700)
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.chmod(os.path.join(folder, name), 0o600)
+
+
+def existing(path: str) -> str:
+    """A path that must lead to a file."""
+    if not os.path.isfile(path):
+        raise NotFound(f"there is no file {printable(path)}")
+    return path
+
+
+def publish(made: str, path: str) -> None:
+    """Put a finished file in its place, in one step."""
+    os.replace(made, path)
+
+
 def file_identity(path: str) -> tuple[int, int]:
     """What stays the same of a file, whatever is written to it."""
     found = os.stat(path)
@@ -1519,6 +1652,16 @@ if sys.platform == "win32":
 
     def refuse_if_shared(directory: str) -> None:
         """Windows gives a profile's directories to their owner; nothing to look at."""
+
+    def is_open_to_others(path: str) -> bool:
+        """Windows gives a profile's files to their owner."""
+        return False
+
+    def is_remote(path: str) -> bool:
+        """Is a path on another machine?"""
+        drive_remote = 4
+        drive = os.path.splitdrive(path)[0] + "\\"
+        return path.startswith("\\\\") or bool(_kernel32.GetDriveTypeW(drive) == drive_remote)
 
     def open_log(path: str) -> int:
         """A descriptor that appends, also in the processes that inherit it."""
@@ -1660,6 +1803,21 @@ else:
         found = os.stat(directory)
         if found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid()):
             raise QueueError(f"{directory} can be written to by others; run: chmod go-w {directory}")
+
+    def is_open_to_others(path: str) -> bool:
+        """Can anybody but the owner read or write it?"""
+        return bool(os.stat(path).st_mode & 0o077)
+
+    def is_remote(path: str) -> bool:
+        """Is a path on a network file system? Only Linux tells (proc(5): mounts)."""
+        try:
+            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as file:
+                mounts = [line.split()[1:3] for line in file]
+        except OSError:
+            return False
+        holding = [(point, kind) for point, kind in mounts if os.path.commonpath([point, path]) == point]
+        kind = max(holding, default=("", ""))[1]
+        return kind.startswith(("nfs", "cifs", "smb", "ceph", "fuse.sshfs", "lustre", "afs"))
 
     def open_log(path: str) -> int:
         """A descriptor that appends, also in the processes that inherit it."""
@@ -2109,8 +2267,10 @@ class Worker:
             "QUEUECTL_SLOT": str(row.slot),
         }
         self._database = file_identity(home.database)
+        self._is_homeless = False  # the home was removed or replaced under us
+        self._clock_ms = now_ms() - time.monotonic() * 1000
         self._version = -1  # of the database, when the last claim began
-        self._look_at = self._recover_at = 0.0  # by the monotonic clock
+        self._look_at = self._tend_at = 0.0  # by the monotonic clock
         self._complaint = ""
 
     def leave(self) -> None:
@@ -2121,7 +2281,7 @@ class Worker:
         """Work until told to leave."""
         report: tuple[Job, Outcome] | None = None
         while True:
-            self._recover_if_time()
+            self._tend_if_time()
             came_idle = report is None
             job = self._keep_trying(functools.partial(self._exchange, report))
             report = None
@@ -2146,7 +2306,7 @@ class Worker:
             if report and not store.finish(*report, self._settings, now, chance=_chance()):
                 self._say(f"the result of job {report[0].id} came too late: refused")
             self._settings = store.settings()
-            job = None if self._signals else store.claim(self._row.id, self._row.queues, now)
+            job = None if self._signals or self._is_homeless else store.claim(self._row.id, self._row.queues, now)
         if job and job.on_lost == "dead":
             store.sync()  # not even a power cut may let it run twice
         return job
@@ -2158,7 +2318,8 @@ class Worker:
                 job = action()
             except StoreError as error:
                 self._complain(str(error))
-                if self._signals > 1 or not self._home.is_there(self._database):
+                self._tend_if_time()
+                if self._signals > 1 or self._is_homeless:
                     raise
                 self._bell.wait(1.0)
             else:
@@ -2189,7 +2350,7 @@ class Worker:
     def _is_leaving(self) -> bool:
         orders = self._orders(None)
         if not orders.registered:
-            self._say("was taken for dead, leaves")
+            self._say("its home is gone, leaves" if self._is_homeless else "was taken for dead, leaves")
         return bool(self._signals or orders.stop or not orders.registered)
 
     def _is_drained(self) -> bool:
@@ -2198,11 +2359,13 @@ class Worker:
         return False
 
     def _orders(self, job: Job | None) -> Orders:
+        if self._is_homeless:
+            return Orders(registered=False)
         try:
             return self._store.orders(self._row.id, job)
         except StoreError as error:
             self._complain(str(error))
-            return Orders(registered=self._home.is_there(self._database))
+            return Orders(registered=True)
 
     def _interrupted(self, job: Job, rung: bool) -> End | None:
         """Why a job must end early, asked while it runs."""
@@ -2211,7 +2374,7 @@ class Worker:
         if not rung and time.monotonic() < self._look_at:
             return None
         self._look_at = time.monotonic() + LOOK_S
-        self._recover_if_time()
+        self._tend_if_time()
         orders = self._orders(job)
         if orders.cancelling:
             return End.CANCELLED
@@ -2221,11 +2384,11 @@ class Worker:
         """Sleep until there may be something to do."""
         try:
             due = self._store.next_due()
-            while not self._signals and self._store.version_seen() == self._version:
+            while not (self._signals or self._is_homeless) and self._store.version_seen() == self._version:
                 left_s = LOOK_S if due is None else min(LOOK_S, (due - now_ms()) / 1000)
                 if left_s <= 0 or self._bell.wait(left_s):
                     return
-                self._recover_if_time()
+                self._tend_if_time()
         except StoreError as error:
             self._complain(str(error))
             self._bell.wait(1.0)
@@ -2236,14 +2399,19 @@ class Worker:
             if self._store.has_ready():
                 wake_one(self._home, self._store)
 
-    # ---- the dead
+    # ---- now and then
 
-    def _recover_if_time(self) -> None:
-        """Put in order what dead workers left, every so often."""
-        if time.monotonic() < self._recover_at:
+    def _tend_if_time(self) -> None:
+        """See to what nobody tells us: the home, the clock, and workers that died."""
+        if time.monotonic() < self._tend_at:
             return
-        self._recover_at = time.monotonic() + RECOVER_S
+        self._tend_at = time.monotonic() + TEND_S
+        self._is_homeless = not self._home.is_there(self._database)
+        clock_ms = now_ms() - time.monotonic() * 1000
         try:
+            if clock_ms < self._clock_ms - 1000:
+                self._store.set_clock_back(now_ms())
+            self._clock_ms = clock_ms
             for row in self._store.workers():
                 if row.id != self._row.id and not is_alive(self._home, row.id):
                     self._bury(row)
@@ -3326,6 +3494,68 @@ def config_unset(home: Home, store: Store, key: str) -> None:
     """Go back to a key's default."""
     store.configure(setting_key(key), None)
     say([f"{setting_key(key)} = {plain(getattr(store.settings(), setting_key(key)))}"])
+
+
+@cli.command()
+@click.option("--repair", is_flag=True, help="Mend what can be mended.")
+@json_option
+@with_store
+def doctor(home: Home, store: Store, repair: bool, as_json: bool) -> int:
+    """Look for what is wrong with the queue; exit 1 where something is."""
+    if repair:
+        mend(home, store)
+    found = list(findings(home, store))
+    if as_json:
+        say_json({"ok": not found, "problems": found})
+    else:
+        say([f"SQLite {sqlite_version()}, {free_bytes(home.path) >> 20} MiB free in {home.path}"])
+        say(found or ["all is well"])
+    return int(bool(found))
+
+
+def findings(home: Home, store: Store) -> Iterator[str]:
+    """Each thing that is wrong, with what to do."""
+    damage = store.damage()
+    yield from (f"damaged: {problem}" for problem in damage)
+    if damage:
+        return
+    yield from store.miscounts()
+    dead = [row for row in store.workers() if not is_alive(home, row.id)]
+    yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
+                "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
+    yield from home_problems(home, store.exists)
+    if free_bytes(home.path) < LOW_DISK_BYTES:
+        yield f"the disk of {home.path} is nearly full"
+
+
+def mend(home: Home, store: Store) -> None:
+    """Repair what the findings are about, as far as it can be."""
+    store.repair(now_ms())
+    make_private(home)
+    remove_stray_logs(home, store.exists)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--restore", is_flag=True, help="Put the copy in the place of the queue.")
+@with_store
+def backup(home: Home, store: Store, file: str, restore: bool) -> None:
+    """Copy the queue to a file while workers run, or restore it from one."""
+    if restore:
+        refuse_while_working(home, store)
+        store.restore(existing(file))
+        say([f"restored from {file}"])
+        return
+    made = f"{file}.part"
+    store.back_up(made)
+    publish(made, file)
+    say([f"{file} holds {sum(store.counts().values())} jobs"])
+
+
+def refuse_while_working(home: Home, store: Store) -> None:
+    """A queue is not replaced under its workers."""
+    if living_workers(home, store):
+        raise QueueError("workers are running; stop them first: queuectl worker stop")
 
 
 @cli.command()

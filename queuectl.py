@@ -44,6 +44,7 @@ import errno
 import functools
 import json
 import math
+import operator
 import os
 import re
 import signal
@@ -59,12 +60,14 @@ __version__ = "1.0.0"
 
 LOOK_S = 0.25  # how often a worker looks for what no bell told it
 TEND_S = 1.0  # how often a worker looks for workers that died
+HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
 STOP_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
 PAGE_BYTES = 2048  # a job's step touches eight pages and writes them whole: small ones are faster
 WORKER_CHECKPOINT_PAGES = 8_000  # a checkpoint waits for the disk, so workers let the WAL grow to 16 MB
+BUCKETS_S = (0.01, 0.1, 1, 10, 60, 600, 3600, 86400)  # of the histograms of wait and run time
 LIST_ROWS = 100  # rows that a table shows unless told
 LOW_DISK_BYTES = 100 << 20  # where `doctor` begins to worry
 MAX_COMMAND_BYTES = 128 * 1024
@@ -453,6 +456,24 @@ def read_batch(lines: Iterable[bytes], defaults: Mapping[str, Any]) -> Iterator[
             raise BadInput(f"line {number}: {error}") from None
 
 
+def iso_time(ms: int | None) -> str | None:
+    """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
+    if ms is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(ms / 1000, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def job_json(job: Job) -> dict[str, Any]:
+    """A job as JSON shows it."""
+    shown = {name: getattr(job, name) for name in FIELDS if name != "delay"}
+    shown |= {"delay": None, "run_at": iso_time(job.run_at), "hold": bool(job.hold), "snooze": bool(job.snooze)}
+    shown |= {"state": job.state.value, "attempts": job.attempts}
+    for name in ("created_at", "updated_at", "started_at", "finished_at"):
+        shown[name] = iso_time(getattr(job, name))
+    return shown | {"exit_code": job.exit_code, "error": job.error, "worker": job.worker}
+
+
 def printable(text: str) -> str:
     """Text with its control characters escaped, so that it cannot drive a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -664,6 +685,8 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 drain INTEGER NOT NULL DEFAULT 0,  -- leaves when nothing is left that could run
                 stop TEXT CHECK (stop IN ('finish', 'now')),  -- it is to leave, after its job or at once
                 started_at INTEGER NOT NULL)""",
+            # What jobs that were removed had added to the tallies of `metrics --prometheus`.
+            "CREATE TABLE past (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID",
             "CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
             # How many jobs are in each state, by queue; only the triggers write it.
             """CREATE TABLE counts (
@@ -775,7 +798,17 @@ SORTS = {  # what a list can be sorted by
     "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
     "created": "created_at", "changed": "updated_at",
 }  # fmt: skip
-_INSERTED = tuple(name for name in FIELDS if name != "delay") + ("seq", "due_at", "created_at", "updated_at")
+_GIVEN = (*(name for name in FIELDS if name != "delay"), "created_at")
+_given = operator.itemgetter(*_GIVEN, "origin")
+
+
+@contextlib.contextmanager
+def _saying_where(origin: str) -> Iterator[None]:
+    """Errors that begin with where their cause was read."""
+    try:
+        yield
+    except QueueError as error:
+        raise type(error)(f"{origin}{error}") from None
 
 
 def _domain_error(path: str, error: sqlite3.Error) -> StoreError:
@@ -872,7 +905,12 @@ class Store:
         if self._db.in_transaction:
             yield
             return
-        self._change("BEGIN IMMEDIATE")
+        with self._transaction("BEGIN IMMEDIATE"):
+            yield
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        self._change(begin)
         try:
             yield
             self._change("COMMIT")
@@ -885,6 +923,13 @@ class Store:
         """Every row of a statement."""
         try:
             return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise _domain_error(self.path, error) from error
+
+    def _rows(self, sql: str, **values: Any) -> Iterator[Any]:
+        """The rows of a statement one by one, for those that may be many."""
+        try:
+            yield from self._db.execute(sql, values)
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
 
@@ -916,52 +961,78 @@ class Store:
 
     def enqueue(
         self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False
-    ) -> list[tuple[str, bool]]:
+    ) -> Iterator[tuple[str, bool]]:
         """Store jobs, all or none; the id of each, and whether it is new.
 
         Each spec comes with what an error about it begins with. A job whose key is taken is
         not stored: the id of the one that bears it is returned. QueueError for an id that exists.
+        However many there are, they are collected in a temporary table first, which holds up
+        nobody, and take little memory.
         """
-        stored = []
+        self._stage(specs, now)
         with self.writing():
             row = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
-            seq = row[0] if row else 0
-            for where, spec in specs:
-                try:
-                    stored.append(self._insert(spec, seq + 1, now, skip_existing))
-                except QueueError as error:
-                    raise type(error)(f"{where}{error}") from None
-                seq += stored[-1][1]
-        return stored
+            self._land(row[0] if row else 0, now, skip_existing)
+        return ((id, bool(is_new)) for id, is_new in self._rows("SELECT id, is_new FROM staged ORDER BY n"))
 
-    def _insert(self, spec: Spec, seq: int, now: int, skip_existing: bool) -> tuple[str, bool]:
-        if "key" in spec:
+    def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
+        self._change(
+            f"""CREATE TEMP TABLE IF NOT EXISTS staged (
+                n INTEGER PRIMARY KEY, {', '.join(_GIVEN)}, origin, is_new DEFAULT 1)"""
+        )
+        self._change("DELETE FROM staged")
+        rows = (
+            _given({**_BLANK, **self._as_columns(spec, now), "created_at": now, "origin": origin})
+            for origin, spec in specs
+        )
+        columns = (*_GIVEN, "origin")
+        with self._transaction("BEGIN"):
+            self._db.executemany(
+                f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
+            )
+
+    def _land(self, last: int, now: int, skip_existing: bool) -> None:
+        """Make jobs of what is staged; they are numbered from `last` on."""
+        self._pass_over_existing(skip_existing)
+        self._change("UPDATE staged SET id = printf('j%07x', :last + n) WHERE id IS NULL", last=last)
+        while self._change("UPDATE staged SET id = id || 'x' WHERE is_new AND id IN (SELECT id FROM jobs)"):
+            pass  # somebody chose just the name that we made up
+        self._land_where("key IS NULL", last, now)
+        for n, key in self._all("SELECT n, key FROM staged WHERE is_new AND key IS NOT NULL ORDER BY n"):
             holder = self._one(
-                "SELECT id FROM jobs WHERE key = :key AND state IN ('pending', 'processing', 'failed')", key=spec["key"]
+                "SELECT id FROM jobs WHERE key = :key AND state IN ('pending', 'processing', 'failed')", key=key
             )
             if holder:
-                return holder[0], False
-        values = {**_BLANK, **self._as_columns(spec, now), "seq": seq, "created_at": now, "updated_at": now}
-        values["id"] = spec.get("id") or self._new_id(seq)
-        values["due_at"] = values["run_at"] if (values["run_at"] or 0) > now else None
-        try:
-            self._db.execute(
-                f"INSERT INTO jobs ({', '.join(_INSERTED)}) VALUES (:{', :'.join(_INSERTED)})", values
-            )
-        except sqlite3.IntegrityError:
-            if skip_existing:
-                return values["id"], False
-            raise QueueError(f"job {values['id']} exists already; choose another id, or --skip-existing") from None
-        if "after" in spec:
-            self._wait_for(seq, values["id"], spec["after"] or (), now)
-        return values["id"], True
+                self._change("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder[0])
+            else:
+                self._land_where(f"n = {int(n)}", last, now)
+        for n, id, after, origin in self._all(
+            "SELECT n, id, after, origin FROM staged WHERE is_new AND after IS NOT NULL ORDER BY n"
+        ):
+            with _saying_where(origin):
+                self._wait_for(last + n, id, json.loads(after), now)
 
-    def _new_id(self, seq: int) -> str:
-        """Short, never used twice, and sorting as the jobs were made up to 268 million of them."""
-        made_up = f"j{seq:07x}"
-        while self.exists(made_up):
-            made_up += "x"  # somebody chose just this name
-        return made_up
+    def _land_where(self, condition: str, last: int, now: int) -> None:
+        columns = ", ".join(_GIVEN)
+        self._change(
+            f"""INSERT INTO jobs (seq, due_at, updated_at, {columns})
+                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, {columns}
+                FROM staged WHERE is_new AND {condition} ORDER BY n""",
+            last=last, now=now,
+        )  # fmt: skip
+
+    def _pass_over_existing(self, skip_existing: bool) -> None:
+        """QueueError for the first staged id that exists already, in the queue or further up."""
+        if not self._one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
+            return
+        self._change("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id COLLATE NOCASE)")
+        self._change(
+            """UPDATE staged SET is_new = 0 WHERE id IN (SELECT id FROM jobs) OR EXISTS (
+                SELECT 1 FROM staged AS above WHERE above.id = staged.id COLLATE NOCASE AND above.n < staged.n)"""
+        )
+        taken = self._one("SELECT id, origin FROM staged WHERE NOT is_new ORDER BY n LIMIT 1")
+        if taken and not skip_existing:
+            raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
 
     def _wait_for(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
         """Let a job wait for others; it dies at once of one that can never complete."""
@@ -1077,9 +1148,12 @@ class Store:
         """The job of that id; NotFound names the nearest among the newest thousand."""
         row = self._one(_SELECT + "WHERE id = :id", id=id)
         if not row:
-            newest = [r[0] for r in self._all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
-            raise NotFound(f"no job {printable(id)!r}{nearest(id, newest)}")
+            raise NotFound(f"no job {printable(id)!r}{nearest(id, self.newest_ids())}")
         return job_from_row(row)
+
+    def newest_ids(self) -> list[str]:
+        """The ids of the newest thousand jobs."""
+        return [row[0] for row in self._all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
 
     def exists(self, id: str) -> bool:
         """Is there a job of that id?"""
@@ -1236,8 +1310,8 @@ class Store:
                         AND state IN (SELECT value FROM json_each(:states)) ORDER BY seq LIMIT :batch""",
                     seq=seq, before=before, states=_to_json([state.value for state in states]), batch=batch,
                 )  # fmt: skip
-                for row in () if dry_run else rows:
-                    self._change("DELETE FROM jobs WHERE seq = :seq", seq=row[0])
+                if not dry_run:
+                    self._remove([row[0] for row in rows])
                 if not rows and not dry_run:
                     self._change("DELETE FROM counts WHERE n = 0")
             if not rows:
@@ -1249,9 +1323,18 @@ class Store:
         """Remove dead jobs for good; the ids, whose logs are to be removed."""
         with self.writing():
             chosen = self._choose(which, [State.DEAD], "purged")
-            for job in chosen:
-                self._change("DELETE FROM jobs WHERE seq = :seq", seq=job.seq)
+            self._remove([job.seq for job in chosen])
         return [job.id for job in chosen]
+
+    def _remove(self, seqs: Sequence[int]) -> None:
+        """Remove jobs, but keep what they have added to the tallies: those never go down."""
+        for name, value in self._tallies(seqs).items():
+            self._change(
+                "INSERT INTO past VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
+                name=name, value=value,
+            )  # fmt: skip
+        for seq in seqs:
+            self._change("DELETE FROM jobs WHERE seq = :seq", seq=seq)
 
     # ---- workers
 
@@ -1382,6 +1465,39 @@ class Store:
                 WHERE state = 'completed' ORDER BY seq DESC LIMIT :newest""",
             newest=newest,
         )
+
+    def tallies(self) -> dict[str, float]:
+        """Sums over all attempts that ever ended, those of removed jobs included, by name."""
+        tallies = self._tallies(None)
+        for name, value in self._all("SELECT name, value FROM past"):
+            tallies[name] = tallies.get(name, 0) + value
+        return tallies
+
+    def _tallies(self, seqs: Sequence[int] | None) -> dict[str, float]:
+        buckets = ", ".join(f"coalesce(sum(s <= {bucket}), 0)" for bucket in BUCKETS_S)
+        tallies: dict[str, float] = {}
+        for kind, seconds in (("run", "ended_at - started_at"), ("wait", "started_at - since")):
+            row = self._one(
+                f"""SELECT count(*), coalesce(sum(s), 0), coalesce(sum(cpu), 0), {buckets} FROM (
+                    SELECT max(0, {seconds}) / 1000.0 AS s, cpu_s AS cpu FROM (
+                        SELECT attempts.*, max(jobs.created_at, coalesce(jobs.run_at, 0)) AS since
+                        FROM attempts JOIN jobs ON jobs.seq = attempts.job
+                        WHERE ('{kind}' = 'run' OR n = 1)
+                        AND (:seqs IS NULL OR jobs.seq IN (SELECT value FROM json_each(:seqs)))))""",
+                seqs=None if seqs is None else _to_json(seqs),
+            )
+            tallies |= {f"{kind} count": row[0], f"{kind} sum": row[1], f"{kind} cpu": row[2]}
+            tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
+        return tallies
+
+    def cut_off(self, most: int = 1000) -> int:
+        """How many failed and dead jobs their time-out has ended, up to a number."""
+        row = self._one(
+            """SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state IN ('failed', 'dead')
+                AND error LIKE 'timed out%' LIMIT :most)""",
+            most=most,
+        )
+        return int(row[0])
 
     # ---- the database as a patient
 
@@ -1609,6 +1725,17 @@ def inherited_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_")}
 
 
+@contextlib.contextmanager
+def input_of(data: bytes) -> Iterator[int]:
+    """A descriptor from which a command reads these bytes."""
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        yield file.fileno()
+
+
 def remove_file(path: str) -> None:
     """Remove a file that may be gone already, or that somebody reads where that keeps it."""
     with contextlib.suppress(OSError):
@@ -1622,11 +1749,14 @@ if sys.platform == "win32":
     from ctypes import wintypes
 
     _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+    _ntdll = ctypes.WinDLL("ntdll")
     _kernel32.CreateEventW.restype = _kernel32.OpenEventW.restype = wintypes.HANDLE
-    _kernel32.CreateJobObjectW.restype = _kernel32.CreateFileW.restype = wintypes.HANDLE
+    _kernel32.CreateJobObjectW.restype = _kernel32.OpenJobObjectW.restype = wintypes.HANDLE
+    _kernel32.CreateFileW.restype = wintypes.HANDLE
     _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
-    _ACCESS_DENIED = 5
-    _KILL_ON_JOB_CLOSE = 0x2000
+    _NO_SUCH_FILE = 2
+    _KILL_ON_JOB_CLOSE, _BREAKAWAY_OK = 0x2000, 0x800
+    _JOB_SET, _JOB_QUERY, _JOB_TERMINATE = 0x2, 0x4, 0x8  # rights to a job object
     _EXTENDED_LIMITS, _ACCOUNTING = 9, 1  # information classes of a job object
 
     class _Limits(ctypes.Structure):
@@ -1648,7 +1778,27 @@ if sys.platform == "win32":
     class _Accounting(ctypes.Structure):
         """JOBOBJECT_BASIC_ACCOUNTING_INFORMATION; times in units of 100 ns."""
 
-        _fields_ = [("user", ctypes.c_int64), ("kernel", ctypes.c_int64), ("rest", ctypes.c_int64 * 4)]
+        _fields_ = [
+            ("user", ctypes.c_int64),
+            ("kernel", ctypes.c_int64),
+            ("this_period", ctypes.c_int64 * 2),
+            ("page_faults", wintypes.DWORD),
+            ("total", wintypes.DWORD),
+            ("active", wintypes.DWORD),
+            ("terminated", wintypes.DWORD),
+        ]
+
+    def _must(result: Any) -> Any:
+        """What a system call gave; OSError with the reason where that is nothing."""
+        if result in (None, 0, wintypes.HANDLE(-1).value):
+            raise ctypes.WinError(ctypes.get_last_error())
+        return result
+
+    def _object_name(kind: str, of: str) -> str:
+        """The name of a system object, the same in every session of the machine."""
+        import hashlib
+
+        return f"Global\\queuectl-{kind}-{hashlib.sha256(os.path.normcase(of).encode()).hexdigest()[:32]}"
 
     def refuse_if_shared(directory: str) -> None:
         """Windows gives a profile's directories to their owner; nothing to look at."""
@@ -1666,23 +1816,17 @@ if sys.platform == "win32":
     def open_log(path: str) -> int:
         """A descriptor that appends, also in the processes that inherit it."""
         append, share_all, open_always = 0x4, 0x7, 4
-        handle = _kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None)
-        if handle in (None, wintypes.HANDLE(-1).value):
-            raise ctypes.WinError(ctypes.get_last_error())
+        handle = _must(_kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None))
         return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
 
     def _event_name(home: Home, worker: int) -> str:
-        import hashlib
-
-        return f"Global\\queuectl-{hashlib.sha256(os.path.normcase(home.path).encode()).hexdigest()[:24]}-{worker}"
+        return _object_name("bell", f"{worker}@{home.path}")
 
     class Bell:
         """A named event: it exists as long as the worker that listens, which the system sees to."""
 
         def __init__(self, home: Home, worker: int) -> None:
-            self._event = _kernel32.CreateEventW(None, False, False, _event_name(home, worker))
-            if not self._event:
-                raise ctypes.WinError(ctypes.get_last_error())
+            self._event = _must(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
 
         def wait(self, timeout_s: float, process: Process | None = None) -> bool:
             """Sleep until somebody rings (True), the process ends, or the time is over."""
@@ -1699,7 +1843,7 @@ if sys.platform == "win32":
         event_modify_state = 0x2
         event = _kernel32.OpenEventW(event_modify_state, False, _event_name(home, worker))
         if not event:
-            return ctypes.get_last_error() == _ACCESS_DENIED  # it exists, in another's name
+            return ctypes.get_last_error() != _NO_SUCH_FILE  # any other trouble is ours, not its death
         if ring:
             _kernel32.SetEvent(event)
         _kernel32.CloseHandle(event)
@@ -1713,59 +1857,127 @@ if sys.platform == "win32":
         """Does a worker listen to its bell?"""
         return _with_event(home, worker, False)
 
+    def _limit(job: int, flags: int) -> None:
+        """Say what holds for the processes of a job object, and for its end."""
+        limits = _Limits(flags=flags)
+        size = ctypes.sizeof(limits)
+        _must(_kernel32.SetInformationJobObject(wintypes.HANDLE(job), _EXTENDED_LIMITS, ctypes.byref(limits), size))
+
+    def _query(job: int, kind: int, into: ctypes.Structure) -> None:
+        size = ctypes.sizeof(into)
+        _kernel32.QueryInformationJobObject(wintypes.HANDLE(job), kind, ctypes.byref(into), size, None)
+
+    def _end_job(job: int, patience_s: float = 10.0) -> bool:
+        """End every process of a job object; False where some are still there."""
+        deadline = time.monotonic() + patience_s
+        used = _Accounting(active=1)
+        while used.active and time.monotonic() < deadline:
+            _kernel32.TerminateJobObject(wintypes.HANDLE(job), 1)
+            _query(job, _ACCOUNTING, used)  # it ends them in its own time: wait, or the next attempt meets them
+            time.sleep(0.005 if used.active else 0)
+        return not used.active
+
+    def _new_job(mark: str) -> int:
+        """A job object that bears an attempt's name; no name where one of that name is there, which is not ours."""
+        already_exists = 183
+        job = _must(_kernel32.CreateJobObjectW(None, _object_name("job", mark)))
+        if ctypes.get_last_error() == already_exists:
+            _kernel32.CloseHandle(wintypes.HANDLE(job))
+            job = _must(_kernel32.CreateJobObjectW(None, None))
+        return int(job)
+
+    def _open_job(mark: str, rights: int) -> int | None:
+        """The job object of an attempt, which has its name as long as its worker lives; None where it is gone."""
+        handle = _kernel32.OpenJobObjectW(rights, False, _object_name("job", mark))
+        return int(handle) if handle else None
+
     class Process:
         """A command in a job object of its own, which dies with this process."""
 
-        def __init__(self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str) -> None:
-            self._job = _kernel32.CreateJobObjectW(None, None)
-            self._limit(_KILL_ON_JOB_CLOSE)
-            shell = os.environ.get("COMSPEC", "cmd.exe")
-            flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP | _CREATE_SUSPENDED
+        def __init__(
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
+        ) -> None:
+            line = _shell_line(command) if isinstance(command, str) else [_program(command[0], cwd, env), *command[1:]]
+            spelled = {name.upper(): (name, value) for name, value in {**env, MARK: mark}.items()}
+            self._job = _new_job(mark)
             try:
+                _limit(self._job, _KILL_ON_JOB_CLOSE)
                 self._popen = subprocess.Popen(
-                    f'"{shell}" /d /s /c "{command}"' if isinstance(command, str) else command,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd, env={**env, MARK: mark},
-                    creationflags=flags,
+                    line, cwd=cwd, env=dict(spelled.values()),
+                    stdin=subprocess.DEVNULL if given is None else given, stdout=log, stderr=log,
+                    # A hidden console of its own: no window, and no Ctrl-C that is meant for the worker.
+                    creationflags=subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP | _CREATE_SUSPENDED,
                 )  # fmt: skip
+                self.handle = int(self._popen._handle)  # type: ignore[attr-defined]
+                self._resume()
             except BaseException:
-                _kernel32.CloseHandle(self._job)
+                self.close()
                 raise
-            self.handle = int(self._popen._handle)  # type: ignore[attr-defined]
-            # Into the job object first: what it starts before that would not belong to it.
-            _kernel32.AssignProcessToJobObject(wintypes.HANDLE(self._job), wintypes.HANDLE(self.handle))
-            ctypes.WinDLL("ntdll").NtResumeProcess(wintypes.HANDLE(self.handle))
 
-        def _limit(self, flags: int) -> None:
-            limits = _Limits(flags=flags)
-            size = ctypes.sizeof(limits)
-            _kernel32.SetInformationJobObject(
-                wintypes.HANDLE(self._job), _EXTENDED_LIMITS, ctypes.byref(limits), size
-            )
+        def _resume(self) -> None:
+            """Into the job object first: what it starts before that would not belong to it."""
+            process = wintypes.HANDLE(self.handle)
+            try:
+                _must(_kernel32.AssignProcessToJobObject(wintypes.HANDLE(self._job), process))
+            except OSError:
+                self._popen.kill()
+                raise
+            _ntdll.NtResumeProcess(process)
 
         def poll(self) -> Exit | None:
             """How it ended; None while it runs."""
             code = self._popen.poll()
             if code is None:
                 return None
-            limits, used, job = _Limits(), _Accounting(), wintypes.HANDLE(self._job)
-            query = _kernel32.QueryInformationJobObject
-            query(job, _EXTENDED_LIMITS, ctypes.byref(limits), ctypes.sizeof(limits), None)
-            query(job, _ACCOUNTING, ctypes.byref(used), ctypes.sizeof(used), None)
+            limits, used = _Limits(), _Accounting()
+            _query(self._job, _EXTENDED_LIMITS, limits)
+            _query(self._job, _ACCOUNTING, used)
             return Exit(code, None, limits.peak_process_memory or None, (used.user + used.kernel) / 1e7)
 
         def end(self, grace_s: float) -> None:
             """End it and all that it started, at once: a hidden console has nobody to ask it to leave."""
-            _kernel32.TerminateJobObject(wintypes.HANDLE(self._job), 1)
-            self._popen.wait()
+            _end_job(self._job)
 
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
-            self._limit(0)
+            with contextlib.suppress(OSError):
+                _limit(self._job, 0)
             _kernel32.CloseHandle(wintypes.HANDLE(self._job))
 
+    def _shell_line(command: str) -> str:
+        """The command line by which cmd.exe runs a line as it is: /s takes off just the outer quotes."""
+        if "\n" in command.strip():
+            raise ValueError("cmd.exe would run the first line alone; put several in a script")
+        return f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{command.strip()}"'
+
+    def _program(word: str, cwd: str, env: Mapping[str, str]) -> str:
+        """The file that a word means, by the PATH that its command will see and the endings of programs."""
+        here = {name.upper(): value for name, value in env.items()}
+        endings = here.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").lower().split(";")
+        place, name = os.path.split(word)
+        folders = [os.path.join(cwd, place)] if place else here.get("PATH", "").split(";")
+        for folder in folders:
+            for ending in [""] if name.lower().endswith(tuple(endings)) else endings:
+                if os.path.isfile(path := os.path.join(cwd, folder, name + ending)):
+                    return path
+        return word
+
+    def memory_kills() -> int:
+        """How many processes this system has ended for want of memory: Windows refuses memory, and ends none."""
+        return 0
+
     def end_leftovers(mark: str, log: str) -> bool:
-        """A job object dies with its worker: there is nothing left."""
-        return True
+        """End what a dead worker's attempt left running; False where some of it is still there.
+
+        The system ends it with the worker; here we only wait until it has.
+        """
+        job = _open_job(mark, _JOB_QUERY | _JOB_TERMINATE)
+        if job is None:
+            return ctypes.get_last_error() == _NO_SUCH_FILE
+        try:
+            return _end_job(job)
+        finally:
+            _kernel32.CloseHandle(wintypes.HANDLE(job))
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
@@ -1773,14 +1985,18 @@ if sys.platform == "win32":
             signal.signal(number, lambda *_: on_stop())
 
     def start_detached(arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
-        """A worker process of its own; what it has to say until it is up, and then nothing."""
+        """A worker process of its own; what it has to say until it is up, and then nothing.
+
+        It lives in the home: a directory that a process lives in can neither be moved nor removed.
+        """
+        home = open_home().path
         hidden = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-        command = [sys.executable, os.path.abspath(__file__), *arguments]
         for flags in (hidden | _BREAKAWAY, hidden):
             try:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                    creationflags=flags, text=True,
+                    [sys.executable, os.path.abspath(__file__), *arguments], cwd=home, creationflags=flags,
+                    env={**os.environ, "QUEUECTL_HOME": home}, text=True, errors="replace",
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 )  # fmt: skip
                 break
             except PermissionError:  # the job object that holds us lets nobody go
@@ -1790,7 +2006,12 @@ if sys.platform == "win32":
         return cast(TextIO, process.stdout)
 
     def free_of_job(arguments: Sequence[str]) -> None:
-        """A worker that a job starts belongs to that job's job object; there is no way out of it."""
+        """Let the workers that a job starts leave the job object of its attempt."""
+        job = _open_job(os.environ.get(MARK, NO_ATTEMPT), _JOB_SET)
+        if job is not None:
+            _limit(job, _KILL_ON_JOB_CLOSE | _BREAKAWAY_OK)
+            _kernel32.CloseHandle(wintypes.HANDLE(job))
+        os.environ[MARK] = NO_ATTEMPT
 
 else:
     import select
@@ -1958,7 +2179,9 @@ else:
     class Process:
         """A command in a session of its own, whose orphans come to this process."""
 
-        def __init__(self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str) -> None:
+        def __init__(
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
+        ) -> None:
             self._mark, self._spared = mark, _own_children()
             self._exit: Exit | None = None
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
@@ -1967,7 +2190,8 @@ else:
                 self._pid = os.posix_spawn(
                     _program(words[0], env.get("PATH", os.defpath)), words, {**env, MARK: mark},
                     file_actions=[
-                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+                        if given is None else (os.POSIX_SPAWN_DUP2, given, 0),
                         (os.POSIX_SPAWN_DUP2, log, 1),
                         (os.POSIX_SPAWN_DUP2, log, 2),
                     ],
@@ -2010,6 +2234,14 @@ else:
         import shutil
 
         return word if "/" in word else shutil.which(word, path=path) or word
+
+    def memory_kills() -> int:
+        """How many processes this system has ended for want of memory; only Linux tells (proc(5): vmstat)."""
+        try:
+            with open("/proc/vmstat", "rb") as file:
+                return int(file.read().partition(b"oom_kill ")[2].split()[0])
+        except (OSError, IndexError):
+            return 0
 
     def end_leftovers(mark: str, log: str) -> bool:
         """End what a dead worker's attempt left running; False where some of it is still there.
@@ -2070,14 +2302,6 @@ else:
 
 
 # ======================================================================== running
-
-
-def iso_time(ms: int | None) -> str | None:
-    """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
-    if ms is None:
-        return None
-    moment = datetime.datetime.fromtimestamp(ms / 1000, datetime.timezone.utc)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -2172,8 +2396,7 @@ def signal_name(number: int) -> str:
 def describe(exit: Exit) -> str | None:
     """What went wrong, of a command that ended by itself; None where nothing did."""
     if exit.signal is not None:
-        oom = "; probably out of memory" if exit.signal == 9 else ""
-        return f"ended by {signal_name(exit.signal)}{oom}"
+        return f"ended by {signal_name(exit.signal)}"
     return f"exit code {exit.exit_code}" if exit.exit_code else None
 
 
@@ -2243,6 +2466,35 @@ def _watch(
     return end, exit
 
 
+def hook_for(state: State | None, settings: Settings) -> str:
+    """The command to run after a job has come to a state; empty for none."""
+    return {State.COMPLETED: settings.on_complete, State.DEAD: settings.on_dead}.get(state or State.PENDING, "")
+
+
+def run_hook(line: str, home: Home, env: dict[str, str], facts: str, bell: Bell) -> str | None:
+    """Run a hook with a job's facts as JSON on its standard input; what went wrong, if anything did."""
+    try:
+        output = open_log(home.worker_log)
+    except OSError as error:
+        return f"cannot start: {error.strerror}"
+    process = None
+    deadline = time.monotonic() + HOOK_TIMEOUT_S
+    try:
+        with input_of(facts.encode()) as given:
+            process = Process(line, home.path, env, output, f"hook@{home.path}", given)
+        while not (exit := process.poll()) and time.monotonic() < deadline:
+            bell.wait(min(LOOK_S, deadline - time.monotonic()), process)
+        if not exit:
+            process.end(1.0)
+        return describe(exit) if exit else f"timed out after {HOOK_TIMEOUT_S:g} s"
+    except OSError as error:
+        return f"cannot start: {error.strerror}"
+    finally:
+        os.close(output)
+        if process:
+            process.close()
+
+
 # ======================================================================== worker
 
 
@@ -2271,6 +2523,7 @@ class Worker:
         self._clock_ms = now_ms() - time.monotonic() * 1000
         self._version = -1  # of the database, when the last claim began
         self._look_at = self._tend_at = 0.0  # by the monotonic clock
+        self._memory_kills = 0
         self._complaint = ""
 
     def leave(self) -> None:
@@ -2300,16 +2553,36 @@ class Worker:
     def _exchange(self, report: tuple[Job, Outcome] | None) -> Job | None:
         """Record what came of one job and claim the next, in one transaction."""
         now, store = now_ms(), self._store
+        ended: State | None = None
         if not report:
             self._version = store.version_seen()
         with store.writing():
-            if report and not store.finish(*report, self._settings, now, chance=_chance()):
-                self._say(f"the result of job {report[0].id} came too late: refused")
+            if report:
+                ended = store.finish(*report, self._settings, now, chance=_chance())
+            hook = hook_for(ended, self._settings)
             self._settings = store.settings()
-            job = None if self._signals or self._is_homeless else store.claim(self._row.id, self._row.queues, now)
+            resting = self._signals or self._is_homeless or hook
+            job = None if resting else store.claim(self._row.id, self._row.queues, now)
+        if report and not ended:
+            self._say(f"the result of job {report[0].id} came too late: refused")
+        if report and hook:
+            self._run_hook(report[0].id, hook)
         if job and job.on_lost == "dead":
             store.sync()  # not even a power cut may let it run twice
         return job
+
+    def _run_hook(self, id: str, line: str) -> None:
+        """Run the hook of a job that has ended; what goes wrong is noted, and changes nothing else."""
+        with contextlib.suppress(StoreError):
+            job = self._store.get(id)
+            facts = {
+                "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state.value, "QUEUECTL_QUEUE": job.queue,
+                "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
+                "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
+            }  # fmt: skip
+            trouble = run_hook(line, self._home, {**self._env, **facts}, json.dumps(job_json(job)), self._bell)
+            if trouble:
+                self._say(f"hook of job {job.id}: {trouble}")
 
     def _keep_trying(self, action: Callable[[], Job | None]) -> Job | None:
         """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works."""
@@ -2340,10 +2613,13 @@ class Worker:
             "QUEUECTL_QUEUE": job.queue,
         }
         self._look_at = time.monotonic() + LOOK_S
-        return run_attempt(
+        outcome = run_attempt(
             job, self._home.log(job.id), env, attempt_mark(self._home, job), self._settings, self._bell,
             functools.partial(self._interrupted, job),
         )  # fmt: skip
+        if outcome.end is End.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
+            return outcome._replace(error=f"{outcome.error}; probably out of memory")
+        return outcome
 
     # ---- waiting
 
@@ -2407,6 +2683,7 @@ class Worker:
             return
         self._tend_at = time.monotonic() + TEND_S
         self._is_homeless = not self._home.is_there(self._database)
+        self._memory_kills = memory_kills()
         clock_ms = now_ms() - time.monotonic() * 1000
         try:
             if clock_ms < self._clock_ms - 1000:
@@ -2428,6 +2705,8 @@ class Worker:
             state = self._store.finish(job, lost, self._settings, now_ms())
             if state:
                 self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value}")
+            if hook := hook_for(state, self._settings):
+                self._run_hook(job.id, hook)
         self._store.unregister(dead.id)
         remove_file(self._home.bell(dead.id))
         self._version = -1  # what we commit ourselves is no news to our connection
@@ -2628,16 +2907,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Ite
         yield "  ".join([*cells, last]).rstrip()
 
 
-def job_json(job: Job) -> dict[str, Any]:
-    """A job as JSON shows it."""
-    shown = {name: getattr(job, name) for name in FIELDS if name != "delay"}
-    shown |= {"delay": None, "run_at": iso_time(job.run_at), "hold": bool(job.hold), "snooze": bool(job.snooze)}
-    shown |= {"state": job.state.value, "attempts": job.attempts}
-    for name in ("created_at", "updated_at", "started_at", "finished_at"):
-        shown[name] = iso_time(getattr(job, name))
-    return shown | {"exit_code": job.exit_code, "error": job.error, "worker": job.worker}
-
-
 def attempt_json(attempt: Attempt) -> dict[str, Any]:
     """An attempt as JSON shows it."""
     return {
@@ -2739,8 +3008,8 @@ def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], lost: int, paused: Sequence[str]
-                 ) -> Iterator[str]:  # fmt: skip
+def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
+                 cut_off: int) -> Iterator[str]:  # fmt: skip
     """What `status` prints: where the jobs are, who works, and what to do."""
     for state, n in counts.items():
         yield f"{coloured(state.value, f'{state.value:11}')} {n}"
@@ -2748,13 +3017,23 @@ def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], lost
     states = [row.state for row in workers]
     shown = ", ".join(f"{states.count(state)} {state}" for state in ("idle", "busy", "stopping") if state in states)
     yield f"{'workers':11} {len(workers)}" + (f" ({shown})" if shown else "")
-    waiting = counts[State.PENDING] + counts[State.FAILED]
+    yield from hints(counts, workers, queues, lost, cut_off)
+
+
+def hints(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
+          cut_off: int) -> Iterator[str]:  # fmt: skip
+    """What stands in the way of the queue, each with the command that helps."""
     if lost:
-        yield f"! {lost} worker(s) died; a running worker puts their jobs in order"
-    if (waiting or counts[State.PROCESSING]) and not workers:
+        yield f"! {lost} dead worker(s) left jobs behind; a running worker puts them in order"
+    if not workers and any(counts[state] for state in (*WAITING, State.PROCESSING)):
         yield "! no worker is running; start one: queuectl worker start"
-    if paused:
-        yield f"! paused: {', '.join(paused)}; go on: queuectl queue resume {paused[0]}"
+    for queue in queues:
+        if queue.paused:
+            yield f"! queue {queue.name} is paused; go on: queuectl queue resume {queue.name}"
+        elif workers and any(queue.counts[s] for s in WAITING) and not any(row.takes(queue.name) for row in workers):
+            yield f"! no worker takes queue {queue.name}: queuectl worker start --queue {queue.name}"
+    if cut_off:
+        yield f"! {cut_off} cut off by their time-out; raise it: queuectl config set job_timeout 10m"
     if counts[State.DEAD]:
         yield f"! {counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
 
@@ -2811,7 +3090,9 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def metrics_json(counts: Mapping[State, int], times: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+def metrics_json(
+    counts: Mapping[State, int], times: Sequence[tuple[int, int, int]], tallies: Mapping[str, float]
+) -> dict[str, Any]:
     """How the queue has done."""
     completed, dead = counts[State.COMPLETED], counts[State.DEAD]
     ended = sorted(end for _, _, end in times)
@@ -2824,6 +3105,8 @@ def metrics_json(counts: Mapping[State, int], times: Sequence[tuple[int, int, in
         "wait_seconds": percentiles([max(0, start - since) / 1000 for since, start, _ in times]),
         "run_seconds": percentiles([(end - start) / 1000 for _, start, end in times]),
         "jobs_per_second": round(len(ended) / span_s, 3) if span_s else None,
+        "attempts": int(tallies["run count"]),
+        "cpu_seconds": round(tallies["run cpu"], 3),
     }
 
 
@@ -2838,7 +3121,52 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
         shown = (f"{p} {'-' if v is None else duration(v)}" for p, v in metrics[name].items())
         yield f"{label} time: {', '.join(shown)}"
     speed = metrics["jobs_per_second"]
+    yield f"Attempts: {metrics['attempts']}, CPU time: {duration(metrics['cpu_seconds'])}"
     yield f"Throughput: {'-' if speed is None else f'{speed:g} jobs/s'} over the newest completed jobs"
+
+
+def prometheus_lines(
+    queues: Sequence[QueueRow], workers: Sequence[WorkerRow], tallies: Mapping[str, float]
+) -> Iterator[str]:
+    """The same for Prometheus, in its text exposition format."""
+    yield "# HELP queuectl_jobs Jobs in each state."
+    yield "# TYPE queuectl_jobs gauge"
+    for queue in queues:
+        for state, n in queue.counts.items():
+            yield f'queuectl_jobs{{queue="{queue.name}",state="{state.value}"}} {n}'
+    yield "# HELP queuectl_workers Workers in each state."
+    yield "# TYPE queuectl_workers gauge"
+    states = [row.state for row in workers]
+    yield from (f'queuectl_workers{{state="{s}"}} {states.count(s)}' for s in ("idle", "busy", "stopping"))
+    yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
+    yield "# TYPE queuectl_cpu_seconds_total counter"
+    yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
+    for kind, what in (("wait", "From when a job could first run to its first start."), ("run", "Time of an attempt.")):
+        name = f"queuectl_{kind}_seconds"
+        yield f"# HELP {name} {what}"
+        yield f"# TYPE {name} histogram"
+        yield from (f'{name}_bucket{{le="{bucket}"}} {tallies[f"{kind} {bucket}"]:g}' for bucket in BUCKETS_S)
+        yield f'{name}_bucket{{le="+Inf"}} {tallies[f"{kind} count"]:g}'
+        yield f"{name}_sum {tallies[f'{kind} sum']}"
+        yield f"{name}_count {tallies[f'{kind} count']:g}"
+
+
+def service_unit(python: str, program: str, home: str) -> str:
+    """A systemd user unit that runs one worker."""
+    return f"""[Unit]
+Description=queuectl worker %i
+
+[Service]
+Environment="QUEUECTL_HOME={home}"
+ExecStart="{python}" "{program}" worker start --foreground
+# SIGTERM goes to the worker alone: it finishes its job and leaves.
+KillMode=mixed
+TimeoutStopSec=infinity
+Restart=on-failure
+
+[Install]
+WantedBy=default.target
+"""
 
 
 def plain(value: Any) -> str:
@@ -2944,11 +3272,27 @@ def field_options(*names: str) -> Callable[[Any], Any]:
     return decorate
 
 
+def complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The newest ids that begin so."""
+    with Store(open_home().database, patience_s=1.0) as store:
+        return [id for id in store.newest_ids() if id.startswith(incomplete)]
+
+
+def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The config keys that begin so."""
+    return [key for key in SETTINGS if key.startswith(incomplete.replace("-", "_"))]
+
+
+id_argument = click.argument("id", shell_complete=complete_ids)
+ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...", shell_complete=complete_ids)
+key_argument = click.argument("key", shell_complete=complete_keys)
+
+
 def selection_options(command: Any) -> Any:
     """Ids, or --tag and --queue."""
     command = click.option("--queue", metavar="Q", help="Those of this queue.")(command)
     command = click.option("--tag", metavar="T", help="Those with this tag.")(command)
-    return click.argument("ids", nargs=-1, metavar="[ID]...")(command)
+    return ids_argument(command)
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -2970,13 +3314,25 @@ def enqueue(job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_j
     specs = specs_given(job, click.get_current_context().meta.get("typed"), file, parse_options(options))
     home = open_home()
     with Store(home.database) as store:
-        stored = store.enqueue(specs, now_ms(), skip_existing=skip_existing)
-        if as_json:
-            say_json([{"id": id, "created": created} for id, created in stored])
-        else:
-            say(id for id, _ in stored)
+        with counting(specs) as counted:
+            stored = store.enqueue(counted, now_ms(), skip_existing=skip_existing)
         wake_one(home, store)
-        return see_through(home, store, [id for id, _ in stored]) if wait else 0
+        jobs = list(stored) if as_json or wait else stored
+        if as_json:
+            say_json([{"id": id, "created": created} for id, created in jobs])
+        else:
+            say(id for id, _ in jobs)
+        return see_through(home, store, [id for id, _ in jobs]) if wait else 0
+
+
+@contextlib.contextmanager
+def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, Spec]]]:
+    """Show on a terminal how many jobs have been read, where they are read from a file."""
+    if isinstance(specs, list) or not sys.stderr.isatty():
+        yield specs
+        return
+    with click.progressbar(specs, label="reading", file=sys.stderr, show_pos=True) as bar:
+        yield bar
 
 
 def see_through(home: Home, store: Store, ids: Sequence[str]) -> int:
@@ -3009,18 +3365,18 @@ def exit_code_of(job: Job, last: Attempt | None) -> int:
 
 def specs_given(
     words: Sequence[str], typed: Sequence[str] | None, file: Any, fields: dict[str, Any]
-) -> Iterator[tuple[str, Spec]]:
+) -> Iterable[tuple[str, Spec]]:
     """The jobs that an `enqueue` names, in whichever of its forms."""
     fields = {"cwd": here(), **fields}
     if typed is not None and not words and not file:
         job = {**fields, "command": typed[0] if len(typed) == 1 else list(typed)}
-        return iter([("", in_place(check_fields(job)))])
+        return [("", in_place(check_fields(job)))]
     if (file and not words and typed is None) or list(words) == ["-"]:
         batch = read_batch(file or sys.stdin.buffer, fields)
         return ((where, in_place(spec)) for where, spec in batch)
     if len(words) == 1 and not file and typed is None:
         given = parse_job(words[0])
-        return iter([("", in_place(check_fields({**fields, **given} if isinstance(given, dict) else given)))])
+        return [("", in_place(check_fields({**fields, **given} if isinstance(given, dict) else given)))]
     if words and words[0].lstrip().startswith("{"):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
     raise BadInput("give one job as JSON, or -, or a command behind --: queuectl enqueue -- echo hello")
@@ -3120,7 +3476,7 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
     if as_json:
         say_json(status_json(counts, alive, store.paused()))
     else:
-        say(status_lines(counts, alive, len(rows) - len(alive), store.paused()))
+        say(status_lines(counts, alive, store.queues(), len(rows) - len(alive), store.cut_off()))
 
 
 def status_json(counts: Mapping[State, int], workers: Sequence[WorkerRow], paused: list[str]) -> dict[str, Any]:
@@ -3161,7 +3517,7 @@ def show_jobs(
 
 
 @cli.command()
-@click.argument("id")
+@id_argument
 @json_option
 @with_store
 def show(home: Home, store: Store, id: str, as_json: bool) -> None:
@@ -3176,7 +3532,7 @@ def show(home: Home, store: Store, id: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("id")
+@id_argument
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="The last N lines alone.")
 @click.option("--attempt", type=click.IntRange(1), metavar="K", help="The output of attempt K alone.")
@@ -3210,7 +3566,7 @@ def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple
 
 
 @cli.command()
-@click.argument("ids", nargs=-1, metavar="[ID]...")
+@ids_argument
 @click.option("--tag", metavar="T", help="Those with this tag.")
 @click.option("--queue", metavar="Q", help="Those of this queue.")
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
@@ -3465,7 +3821,7 @@ def config_list(home: Home, store: Store, as_json: bool) -> None:
 
 
 @config.command("get")
-@click.argument("key")
+@key_argument
 @json_option
 @with_store
 def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
@@ -3478,7 +3834,7 @@ def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
 
 
 @config.command("set", context_settings={"ignore_unknown_options": True})
-@click.argument("key")
+@key_argument
 @click.argument("value")
 @with_store
 def config_set(home: Home, store: Store, key: str, value: str) -> None:
@@ -3488,7 +3844,7 @@ def config_set(home: Home, store: Store, key: str, value: str) -> None:
 
 
 @config.command("unset")
-@click.argument("key")
+@key_argument
 @with_store
 def config_unset(home: Home, store: Store, key: str) -> None:
     """Go back to a key's default."""
@@ -3559,11 +3915,15 @@ def refuse_while_working(home: Home, store: Store) -> None:
 
 
 @cli.command()
+@click.option("--prometheus", is_flag=True, help="In Prometheus' text format.")
 @json_option
 @with_store
-def metrics(home: Home, store: Store, as_json: bool) -> None:
+def metrics(home: Home, store: Store, prometheus: bool, as_json: bool) -> None:
     """Show how many jobs did well, how long they waited and ran."""
-    found = metrics_json(store.counts(), store.times())
+    if prometheus:
+        say(prometheus_lines(store.queues(), living_workers(home, store), store.tallies()))
+        return
+    found = metrics_json(store.counts(), store.times(), store.tallies())
     if as_json:
         say_json(found)
     else:
@@ -3575,6 +3935,22 @@ def shown_here(lines: Iterable[str]) -> Iterator[str]:
     encoding = sys.stdout.encoding or "ascii"
     for line in lines:
         yield line.encode(encoding, "ignore").decode(encoding).lstrip()
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes queuectl's words in a shell."""
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    say([script(cli, {}, "queuectl", "_QUEUECTL_COMPLETE").source()] if script else [])
+
+
+@cli.command()
+def service() -> None:
+    """Print a systemd user unit that runs a worker."""
+    say([service_unit(sys.executable, here(__file__), open_home().path)])
 
 
 main = cli

@@ -692,6 +692,16 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             """CREATE TABLE counts (
                 state TEXT NOT NULL, queue TEXT NOT NULL, n INTEGER NOT NULL,
                 PRIMARY KEY (state, queue)) WITHOUT ROWID""",
+            # The best ready job of each queue that is neither paused nor full: few rows, however many jobs.
+            """CREATE VIEW heads AS
+                SELECT head.seq, head.priority, head.queue FROM counts AS waiting
+                JOIN jobs AS head ON head.seq = (
+                    SELECT seq FROM jobs WHERE ready AND queue = waiting.queue ORDER BY priority DESC, seq LIMIT 1)
+                LEFT JOIN queues ON queues.name = waiting.queue
+                WHERE waiting.state IN ('pending', 'failed') AND waiting.n > 0
+                AND NOT coalesce(queues.paused, 0)
+                AND (queues.max_running IS NULL OR queues.max_running > coalesce((
+                    SELECT n FROM counts WHERE state = 'processing' AND queue = waiting.queue), 0))""",
             """CREATE TRIGGER jobs_inserted AFTER INSERT ON jobs BEGIN
                 INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
             END""",
@@ -1077,17 +1087,9 @@ class Store:
             row = self._one(
                 f"""UPDATE jobs SET state = 'processing', attempts = attempts + 1, worker = :worker,
                     started_at = :now, updated_at = :now, exit_code = NULL, error = NULL
-                WHERE seq = (
-                    SELECT head.seq FROM counts AS waiting
-                    JOIN jobs AS head ON head.seq = (
-                        SELECT seq FROM jobs WHERE ready AND queue = waiting.queue ORDER BY priority DESC, seq LIMIT 1)
-                    LEFT JOIN queues ON queues.name = waiting.queue
-                    WHERE waiting.state IN ('pending', 'failed') AND waiting.n > 0
-                    AND NOT coalesce(queues.paused, 0)
-                    AND (queues.max_running IS NULL OR queues.max_running > coalesce((
-                        SELECT n FROM counts WHERE state = 'processing' AND queue = waiting.queue), 0))
-                    AND (:queues IS NULL OR waiting.queue IN (SELECT value FROM json_each(:queues)))
-                    ORDER BY head.priority DESC, head.seq LIMIT 1)
+                WHERE seq = (SELECT seq FROM heads
+                    WHERE :queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))
+                    ORDER BY priority DESC, seq LIMIT 1)
                 AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND stop IS NULL)
                 RETURNING {', '.join(COLUMNS)}""",
                 worker=worker, now=now, queues=None if queues is None else _to_json(queues),
@@ -1379,9 +1381,9 @@ class Store:
             return Orders(registered=False)
         return Orders(True, row[0], job is not None and self._is_cancelling(job))
 
-    def has_ready(self) -> bool:
-        """Does a job wait for nothing but a worker?"""
-        return self._one("SELECT 1 FROM jobs WHERE ready LIMIT 1") is not None
+    def ready_queues(self) -> list[str]:
+        """The queues in which a job waits for nothing but a worker."""
+        return [row[0] for row in self._all("SELECT queue FROM heads")]
 
     def could_run(self, queues: Sequence[str] | None) -> bool:
         """Is anything left for a worker: running, ready or due later, and neither held, blocked nor paused?"""
@@ -1642,10 +1644,9 @@ def open_home() -> Home:
         if not os.path.isdir(home.path):
             os.makedirs(home.path, 0o700, exist_ok=True)
         refuse_if_shared(home.path)
-        if not os.path.exists(home.database):
-            for directory in (home.log(""), home.bell(0)):
-                os.makedirs(os.path.dirname(directory), 0o700, exist_ok=True)
-            os.close(os.open(home.database, os.O_CREAT | os.O_RDWR, 0o600))
+        for directory in (home.log(""), home.bell(0)):
+            os.makedirs(os.path.dirname(directory), 0o700, exist_ok=True)
+        make_private_file(home.database)
     except OSError as error:
         raise QueueError(f"cannot use {home.path} as home: {error.strerror}; set QUEUECTL_HOME to another") from error
     return home
@@ -1699,6 +1700,33 @@ def existing(path: str) -> str:
 def publish(made: str, path: str) -> None:
     """Put a finished file in its place, in one step."""
     os.replace(made, path)
+
+
+def make_private_file(path: str) -> None:
+    """A file for its owner alone; one that is there stays as it is."""
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+
+
+def own_pid() -> int:
+    """The id of this process."""
+    return os.getpid()
+
+
+def wants_colour() -> bool | None:
+    """False where the user said NO_COLOR; None leaves it to the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def terminal_columns() -> int:
+    """How wide the terminal is."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def silence_output() -> None:
+    """Whoever reads our output has gone: let what is left of it go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def file_identity(path: str) -> tuple[int, int]:
@@ -2539,7 +2567,7 @@ class Worker:
             job = self._keep_trying(functools.partial(self._exchange, report))
             report = None
             if job:
-                if came_idle:
+                if came_idle or job.after:  # what has just become ready may be more than one
                     self._pass_on()
                 report = job, self._attempt(job)
             elif self._is_leaving() or (came_idle and self._is_drained()):
@@ -2672,8 +2700,7 @@ class Worker:
     def _pass_on(self) -> None:
         """Whoever was woken and found work wakes the next, as long as there is more."""
         with contextlib.suppress(StoreError):
-            if self._store.has_ready():
-                wake_one(self._home, self._store)
+            wake_one(self._home, self._store)
 
     # ---- now and then
 
@@ -2721,12 +2748,11 @@ def _chance() -> float:
     return time.perf_counter_ns() % 1000 / 1000  # fair enough to spread retries
 
 
-def wake_one(home: Home, store: Store, queues: Iterable[str] = ()) -> None:
-    """Ring the first idle worker that takes one of these queues; it passes the bell on."""
-    wanted = set(queues)
-    for row in store.workers():
-        takes = any(map(row.takes, wanted)) if wanted else not row.stop
-        if row.job is None and takes and ring(home, row.id):
+def wake_one(home: Home, store: Store) -> None:
+    """Ring the first idle worker that has something to do; it passes the bell on."""
+    queues = store.ready_queues()
+    for row in store.workers() if queues else ():
+        if row.job is None and any(map(row.takes, queues)) and ring(home, row.id):
             return
 
 
@@ -2745,7 +2771,7 @@ def _serve(home: Home, queues: Sequence[str], drain: bool, echo: bool) -> None:
     bells: list[Bell] = []
     with Store(home.database, WORKER_PATIENCE_S, durable=False) as store:
         row = store.register(
-            os.getpid(), host_name(), list(queues) or None, drain, now_ms(),
+            own_pid(), host_name(), list(queues) or None, drain, now_ms(),
             open_bell=lambda worker: bells.append(Bell(home, worker)),
             is_alive=functools.partial(is_alive, home),
         )  # fmt: skip
@@ -2775,7 +2801,7 @@ def worker_voice(home: Home, row: WorkerRow, echo: bool) -> Callable[[str], None
     """How a worker says something: a line in worker.log, and on stderr where `echo`."""
     import logging
 
-    os.close(os.open(home.worker_log, os.O_CREAT | os.O_WRONLY, 0o600))
+    make_private_file(home.worker_log)
     handlers: list[logging.Handler] = [logging.FileHandler(home.worker_log, encoding="utf-8")]
     if echo:
         handlers.append(logging.StreamHandler())
@@ -3059,6 +3085,17 @@ def export_line(job: Job) -> str:
     return json.dumps({name: value for name, value in shown.items() if value is not None})
 
 
+def status_json(counts: Mapping[State, int], workers: Sequence[WorkerRow], paused: list[str]) -> dict[str, Any]:
+    """`status` as JSON."""
+    states = [row.state for row in workers]
+    return {
+        "jobs": {state.value: n for state, n in counts.items()},
+        "total": sum(counts.values()),
+        "workers": {"total": len(states), **{s: states.count(s) for s in ("idle", "busy", "stopping")}},
+        "paused": paused,
+    }
+
+
 def worker_json(row: WorkerRow) -> dict[str, Any]:
     """A worker as JSON shows it."""
     return {
@@ -3174,6 +3211,29 @@ def plain(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+def exit_code_of(job: Job, last: Attempt | None) -> int:
+    """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
+    if job.state is State.COMPLETED:
+        return 0
+    if (job.error or "").startswith("timed out"):
+        return EX_TIMED_OUT
+    if job.exit_code is None and last and last.signal:
+        return 128 + last.signal
+    return job.exit_code or 1
+
+
+def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
+    """Where the output of an attempt begins and ends in the log, or with None all of it."""
+    if number is None:
+        return 0, None
+    for attempt in reversed(history):
+        if attempt.number == number and attempt.log_start is not None:
+            return attempt.log_start, attempt.log_end
+    if job.state is State.PROCESSING and job.attempts == number:
+        return max((attempt.log_end or 0 for attempt in history), default=0), None
+    raise NotFound(f"job {job.id} has no attempt {number}")
+
+
 # ======================================================================== commands
 
 
@@ -3194,7 +3254,7 @@ class Program(click.Group):
         except (click.Abort, KeyboardInterrupt):
             code = EX_INTERRUPTED
         except BrokenPipeError:  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            silence_output()
             code = 0
         except OSError as error:
             code = _fail(f"{error.strerror or error}: {error.filename or 'output'}", 1)
@@ -3236,9 +3296,8 @@ def with_store(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def say(lines: Iterable[str]) -> None:
     """Print lines, coloured where a person looks and has not said NO_COLOR."""
-    colour = False if os.environ.get("NO_COLOR") else None
     for line in lines:
-        click.echo(line, color=colour)
+        click.echo(line, color=wants_colour())
 
 
 def say_json(document: Any) -> None:
@@ -3248,9 +3307,7 @@ def say_json(document: Any) -> None:
 
 def width() -> int:
     """Columns of the terminal; wide enough for everything where it is not one."""
-    import shutil
-
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    return terminal_columns() if sys.stdout.isatty() else 10_000
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
@@ -3350,17 +3407,6 @@ def write_out(block: bytes) -> None:
     """Bytes to standard output, at once."""
     sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()
-
-
-def exit_code_of(job: Job, last: Attempt | None) -> int:
-    """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
-    if job.state is State.COMPLETED:
-        return 0
-    if (job.error or "").startswith("timed out"):
-        return EX_TIMED_OUT
-    if job.exit_code is None and last and last.signal:
-        return 128 + last.signal
-    return job.exit_code or 1
 
 
 def specs_given(
@@ -3479,17 +3525,6 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
         say(status_lines(counts, alive, store.queues(), len(rows) - len(alive), store.cut_off()))
 
 
-def status_json(counts: Mapping[State, int], workers: Sequence[WorkerRow], paused: list[str]) -> dict[str, Any]:
-    """`status` as JSON."""
-    states = [row.state for row in workers]
-    return {
-        "jobs": {state.value: n for state, n in counts.items()},
-        "total": sum(counts.values()),
-        "workers": {"total": len(states), **{s: states.count(s) for s in ("idle", "busy", "stopping")}},
-        "paused": paused,
-    }
-
-
 @cli.command("list")
 @click.option("--state", type=click.Choice([state.value for state in State]), help="Those in this state.")
 @click.option("--queue", metavar="Q", help="Those of this queue.")
@@ -3551,18 +3586,6 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
     for block in blocks if raw else fold_returns(blocks):
         sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()
-
-
-def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
-    """Where the output of an attempt begins and ends in the log, or with None all of it."""
-    if number is None:
-        return 0, None
-    for attempt in reversed(history):
-        if attempt.number == number and attempt.log_start is not None:
-            return attempt.log_start, attempt.log_end
-    if job.state is State.PROCESSING and job.attempts == number:
-        return max((attempt.log_end or 0 for attempt in history), default=0), None
-    raise NotFound(f"job {job.id} has no attempt {number}")
 
 
 @cli.command()

@@ -237,7 +237,7 @@ def _command(value: Any) -> str | list[str]:
         raise BadInput("must be a string, or a list of strings")
     if not words[0].strip():
         raise BadInput("must not be empty")
-    if sum(len(_text(word).encode()) + 1 for word in words) > MAX_COMMAND_BYTES:
+    if sum(len(_text(word).encode()) for word in words) > MAX_COMMAND_BYTES:
         raise BadInput(f"must not be longer than {MAX_COMMAND_BYTES} bytes; put it in a script")
     return words if isinstance(value, list) else words[0]
 
@@ -301,7 +301,7 @@ def _moment(value: Any) -> int:
             value = datetime.datetime.fromisoformat(re.sub("[Zz]$", "+00:00", value)).timestamp()
     if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
         raise BadInput("must be Unix seconds, or a time like 2030-01-31T18:00")
-    return int(value * 1000)
+    return round(float(value) * 1000)
 
 
 def _directory(value: Any) -> str:
@@ -324,8 +324,8 @@ def parse_duration(text: str) -> int | float:
     if not parts or "".join(parts) != text.strip().lower() or (len(parts) > 1 and not parts[-1][-1].isalpha()):
         raise BadInput(f"must be a duration like 90, 90s, 10m, 1h30m or 7d, not {text!r}")
     units = [(part, part.lstrip("0123456789.")) for part in parts]
-    total = sum(float(part.removesuffix(unit)) * _UNIT_S[unit or "s"] for part, unit in units)
-    return int(total) if total == int(total) else total
+    total = sum((float(part.removesuffix(unit)) * _UNIT_S[unit or "s"] for part, unit in units), 0.0)
+    return int(total) if total.is_integer() else total
 
 
 def _parse_moment(text: str) -> int | float | str:
@@ -1276,11 +1276,11 @@ class Store:
             chosen = self._choose(which, [State.DEAD], "retried")
             for job in chosen:
                 self._revive(job, now)
-            for job in chosen:
-                for parent in self._lost_parents(job):
-                    if which.ids:
-                        raise QueueError(f"job {job.id} waits for {parent.id}, which is {parent.state.value}")
-                    self._doom(parent, now)
+            lost = [(job, parent) for job in chosen for parent in self._lost_parents(job)]
+            for job, parent in lost:
+                if which.ids:
+                    raise QueueError(f"job {job.id} waits for {parent.id}, which is {parent.state.value}")
+                self._doom(parent, now)
         return [job.id for job in chosen]
 
     def _revive(self, job: Job, now: int) -> None:
@@ -2125,12 +2125,11 @@ else:
     def _processes() -> dict[_Identity, int]:
         """Every process that has not ended, and its parent's id."""
         found = {}
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                with contextlib.suppress(OSError):
-                    state, parent, started = _stat(entry)
-                    if state not in "ZX":
-                        found[int(entry), started] = parent
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                state, parent, started = _stat(entry)
+                if state not in "ZX":
+                    found[int(entry), started] = parent
         return found
 
     def _stat(pid: int | str) -> tuple[str, int, str]:
@@ -2369,18 +2368,13 @@ def fold_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
 def _start_of_last_lines(file: BinaryIO, lines: int) -> int:
     """Where the last lines of a file begin, read from its end in blocks."""
     at = size = file.seek(0, os.SEEK_END)
-    found = 0
-    while at and lines:
-        start = max(0, at - (1 << 16))
-        file.seek(start)
-        block = file.read(at - start)
-        for place in range(len(block) - 1, -1, -1):
-            if block[place] == 10 and start + place != size - 1:
-                found += 1
-                if found == lines:
-                    return start + place + 1
-        at = start
-    return 0 if lines else size
+    tail = b""
+    while at and tail[:-1].count(b"\n") < lines:
+        at = file.seek(max(0, at - (1 << 16)))
+        tail = file.read(size - at)
+    ending = len(tail) - len(tail.removesuffix(b"\n"))
+    kept = tail.removesuffix(b"\n").split(b"\n")[-lines:] if lines else []
+    return size - len(b"\n".join(kept)) - ending if kept else size
 
 
 class JobLog:

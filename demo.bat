@@ -1,109 +1,137 @@
 @echo off
 rem A walk through queuectl on Windows: run demo.bat from cmd.exe, in any directory.
 rem It keeps to a home of its own below %TEMP%, which it removes at the end, checks the exit
-rem code of every step, and exits with 0 only if each went as it should.
+rem code of every step, and exits with 0 only if each of them went as it should.
 setlocal EnableExtensions DisableDelayedExpansion
 set "QUEUECTL=python "%~dp0queuectl.py""
-set "DEMO=%TEMP%\queuectl-demo-%RANDOM%-%RANDOM%"
+set "DEMO=%TEMP%\queuectl demo %RANDOM%%RANDOM%"
 set "QUEUECTL_HOME=%DEMO%\home"
-set "STEP=set-up"
+set "FAILED="
 
 python -c "import click" >nul 2>nul
-if errorlevel 1 (
-    echo Demo FAILED: python with click is needed; run: python -m pip install -r requirements.txt
+if not "%errorlevel%"=="0" (
+    echo Demo FAILED: it needs python with click; run: python -m pip install -r requirements.txt
     exit /b 1
 )
-mkdir "%DEMO%" || exit /b 1
-pushd "%DEMO%" || exit /b 1
+mkdir "%DEMO%"
+pushd "%DEMO%"
 
-call :step "1. Configuration: set, get"
-%QUEUECTL% config set max-retries 1 || goto failed
-%QUEUECTL% config set backoff-base 1 || goto failed
-%QUEUECTL% config get max_retries || goto failed
-%QUEUECTL% config get backoff_base || goto failed
+call :step 1. Configuration: set and get
+call :run config set max-retries 1
+call :run config set backoff-base 1
+call :run config get max_retries
+call :run config get backoff_base
 
-call :step "2. Enqueue: as JSON, as typed, and what is refused"
-%QUEUECTL% enqueue "{\"id\": \"hello\", \"command\": \"echo Hello from queuectl\"}" || goto failed
-%QUEUECTL% enqueue --id broken -- "if exist fixed.txt (echo Fixed) else (echo Not yet & exit 3)" || goto failed
-%QUEUECTL% enqueue --id hello -- echo again && goto failed
-%QUEUECTL% enqueue "{\"id\": \"typo\", \"comand\": \"echo\"}" && goto failed
+call :step 2. Enqueue: as JSON, as typed, and what is refused
+call :run enqueue "{\"id\": \"hello\", \"command\": \"echo Hello from queuectl\"}"
+call :run enqueue --id broken -- "if exist mended.txt (echo Mended) else (echo Not yet & exit 3)"
+call :refused enqueue --id hello -- "echo the id exists"
+call :refused enqueue "{\"id\": \"typo\", \"comand\": \"echo\"}"
 
-call :step "3. Enqueue: a low and a high priority, a delay, a time-out"
-%QUEUECTL% enqueue --id low --priority 1 -- "echo low>>order.txt" || goto failed
-%QUEUECTL% enqueue --id high --priority 10 -- "echo high>>order.txt" || goto failed
-%QUEUECTL% enqueue --id later --delay 8s -- "echo Later" || goto failed
-%QUEUECTL% enqueue --id slow --timeout 2s --max-retries 0 -- ping -n 60 127.0.0.1 || goto failed
-%QUEUECTL% list || goto failed
+call :step 3. Enqueue: a low and a high priority, a delay, a time-out
+call :run enqueue --id low --priority 1 -- "echo low>>order.txt"
+call :run enqueue --id high --priority 10 -- "echo high>>order.txt"
+call :run enqueue --id later --delay 8s -- "echo Later"
+call :run enqueue --id slow --timeout 2s --max-retries 0 -- ping -n 60 127.0.0.1
+call :run list
 
-call :step "4. Start a worker: it is there when the command returns"
-%QUEUECTL% worker start || goto failed
-%QUEUECTL% worker list || goto failed
-%QUEUECTL% status || goto failed
-%QUEUECTL% show later || goto failed
+call :step 4. Start a worker: it is up when the command returns
+call :run worker start
+call :run worker list
+call :run status
+call :run show later
 
-call :step "5. Wait for execution"
-ping -n 3 127.0.0.1 >nul
-call :await hello completed || goto failed
-call :await low completed || goto failed
-call :await slow dead || goto failed
-call :await broken dead || goto failed
-call :await later completed || goto failed
+call :step 5. Wait for execution
+ping -n 4 127.0.0.1 >nul
+call :await hello completed
+call :await low completed
+call :await slow dead
+call :await broken dead
+call :await later completed
 set "FIRST="
 set /p FIRST=<order.txt
-if not "%FIRST%"=="high" goto failed
-echo The high priority ran first, the late one late, and ping was ended after two seconds.
+if not "%FIRST%"=="high" set "FAILED=the high priority did not run first"
 
-call :step "6. Look: list, logs, show, metrics"
-%QUEUECTL% list || goto failed
-%QUEUECTL% logs hello || goto failed
-%QUEUECTL% logs broken || goto failed
-%QUEUECTL% show slow || goto failed
-%QUEUECTL% metrics || goto failed
+call :step 6. Look: list, logs, show, metrics
+call :run list
+call :run logs hello
+call :run logs broken
+call :run show slow
+call :run metrics
 
-call :step "7. Dead letter queue: list, and retry once the cause is mended"
-%QUEUECTL% dlq list || goto failed
-echo mended>fixed.txt
-%QUEUECTL% dlq retry broken || goto failed
-call :await broken completed || goto failed
-%QUEUECTL% show broken || goto failed
+call :step 7. Dead letter queue: list, and retry once the cause is mended
+call :run dlq list
+echo mended>mended.txt
+call :run dlq retry broken
+call :await broken completed
+call :run show broken
 
-call :step "8. Stop the worker; jobs stay, and another takes them up"
-%QUEUECTL% worker stop || goto failed
-%QUEUECTL% enqueue --id kept -- echo Kept || goto failed
-%QUEUECTL% status || goto failed
-%QUEUECTL% worker start --count 2 || goto failed
-call :await kept completed || goto failed
-%QUEUECTL% worker stop || goto failed
-%QUEUECTL% worker list || goto failed
+call :step 8. Stop the worker; jobs stay, and the next workers take them up
+call :run worker stop
+call :run enqueue --id kept -- "echo Kept"
+call :run status
+call :run worker start --count 2
+call :await kept completed
+call :run worker stop
+call :run worker list
+call :run status
 
+if defined FAILED goto failed
 call :clean
 echo.
 echo Demo passed: every step did what it should.
 exit /b 0
 
 :step
-set "STEP=%~1"
+if defined FAILED exit /b 1
 echo.
-echo === %~1
+echo === %*
+exit /b 0
+
+:run
+rem One queuectl command, which must succeed; after a failure nothing more is run.
+if defined FAILED exit /b 1
+echo.
+echo ^> queuectl %*
+%QUEUECTL% %*
+if not "%errorlevel%"=="0" set "FAILED=queuectl %1 %2 exited with %errorlevel%"
+exit /b 0
+
+:refused
+rem One queuectl command, which must not succeed.
+if defined FAILED exit /b 1
+echo.
+echo ^> queuectl %*
+%QUEUECTL% %*
+if "%errorlevel%"=="0" set "FAILED=queuectl %1 %2 should have been refused"
 exit /b 0
 
 :await
-rem Look once a second whether job %1 has come to state %2, for a minute.
+rem Look once a second, for a minute, whether job %1 has come to state %2.
+if defined FAILED exit /b 1
 set "TRIES=0"
 :look
-%QUEUECTL% list --state %2 | find "%1 " >nul && exit /b 0
-set /a TRIES+=1
-if %TRIES% geq 60 exit /b 1
+%QUEUECTL% list --state %2 | find "%1 " >nul
+if "%errorlevel%"=="0" (
+    echo job %1 is %2
+    exit /b 0
+)
+set /a TRIES+=1 >nul
+if "%TRIES%"=="60" (
+    set "FAILED=job %1 is not %2 after a minute"
+    exit /b 1
+)
 ping -n 2 127.0.0.1 >nul
 goto look
 
 :failed
 echo.
-echo Demo FAILED in step %STEP%
 %QUEUECTL% list
 if exist "%QUEUECTL_HOME%\worker.log" type "%QUEUECTL_HOME%\worker.log"
 %QUEUECTL% worker stop --now
 call :clean
+echo.
+echo Demo FAILED: %FAILED%
 exit /b 1
 
 :clean

@@ -52,7 +52,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
 import click
 
@@ -1583,7 +1583,7 @@ class Store:
 
     def settings(self) -> Settings:
         """The configuration in force."""
-        return Settings(**self.config())
+        return Settings(**{key: value for key, value in self.config().items() if key in SETTINGS})
 
     def configure(self, key: str, value: Any) -> None:
         """Set a key, or with None go back to its default."""
@@ -2232,7 +2232,7 @@ else:
             _send(process, signal.SIGTERM)
             _send(process, signal.SIGCONT)  # one that is stopped cannot hear
         while time.monotonic() < asked_until and find():
-            time.sleep(0.01)
+            time.sleep(0.03)
         frozen: set[_Identity] = set()
         while members := find():
             # Freeze first, until nobody new appears: what forks as fast as we kill cannot get away.
@@ -2574,6 +2574,9 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+_Result = TypeVar("_Result")
+
+
 class Worker:
     """One worker: it claims a job, runs it, records what came of it, and begins again.
 
@@ -2583,6 +2586,7 @@ class Worker:
     def __init__(self, home: Home, store: Store, row: WorkerRow, bell: Bell, say: Callable[[str], None]) -> None:
         self._home, self._store, self._row, self._bell, self._say = home, store, row, bell, say
         self._settings = Settings()
+        self._hooks: list[tuple[str, str]] = []  # ids of jobs that have ended, and what is to run for them
         self._signals = 0  # how often it was told by a signal to leave
         self._env = {
             **inherited_environment(),
@@ -2606,10 +2610,14 @@ class Worker:
         report: tuple[Job, Outcome] | None = None
         while True:
             self._tend_if_time()
+            while self._hooks:
+                self._run_hook(*self._hooks.pop(0))
             came_idle = report is None
             job = self._keep_trying(functools.partial(self._exchange, report))
             report = None
             if job:
+                if job.on_lost == "dead":  # not even a power cut may let it run twice
+                    self._keep_trying(self._store.sync)
                 if came_idle or job.after:  # what has just become ready may be more than one
                     self._pass_on()
                 report = job, self._attempt(job)
@@ -2632,14 +2640,12 @@ class Worker:
                 ended = store.finish(*report, self._settings, now, chance=_chance())
             hook = hook_for(ended, self._settings)
             self._settings = store.settings()
-            resting = self._signals or self._is_homeless or hook
-            job = None if resting else store.claim(self._row.id, self._row.queues, now)
+            is_resting = self._signals or self._is_homeless or hook
+            job = None if is_resting else store.claim(self._row.id, self._row.queues, now)
+        if report and hook:
+            self._hooks.append((report[0].id, hook))
         if report and not ended:
             self._say(f"the result of job {report[0].id} came too late: refused")
-        if report and hook:
-            self._run_hook(report[0].id, hook)
-        if job and job.on_lost == "dead":
-            store.sync()  # not even a power cut may let it run twice
         return job
 
     def _run_hook(self, id: str, line: str) -> None:
@@ -2655,11 +2661,11 @@ class Worker:
             if trouble:
                 self._say(f"hook of job {job.id}: {trouble}")
 
-    def _keep_trying(self, action: Callable[[], Job | None]) -> Job | None:
+    def _keep_trying(self, action: Callable[[], _Result]) -> _Result:
         """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works."""
         while True:
             try:
-                job = action()
+                result = action()
             except StoreError as error:
                 self._complain(str(error))
                 self._tend_if_time()
@@ -2668,7 +2674,7 @@ class Worker:
                 self._bell.wait(1.0)
             else:
                 self._complaint = ""
-                return job
+                return result
 
     def _complain(self, text: str) -> None:
         if text != self._complaint:
@@ -2731,9 +2737,9 @@ class Worker:
         """Sleep until there may be something to do."""
         try:
             due = self._store.next_due()
-            while not (self._signals or self._is_homeless) and self._store.version_seen() == self._version:
+            while not (self._signals or self._is_homeless):
                 left_s = LOOK_S if due is None else min(LOOK_S, (due - now_ms()) / 1000)
-                if left_s <= 0 or self._bell.wait(left_s):
+                if left_s <= 0 or self._bell.wait(left_s) or self._store.version_seen() != self._version:
                     return
                 self._tend_if_time()
         except StoreError as error:
@@ -2776,7 +2782,7 @@ class Worker:
             if state:
                 self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value}")
             if hook := hook_for(state, self._settings):
-                self._run_hook(job.id, hook)
+                self._hooks.append((job.id, hook))
         self._store.unregister(dead.id)
         remove_file(self._home.bell(dead.id))
         self._version = -1  # what we commit ourselves is no news to our connection

@@ -3,7 +3,7 @@ rem A walk through queuectl on Windows: run demo.bat from cmd.exe, in any direct
 rem It keeps to a home of its own below %TEMP%, which it removes at the end, checks the exit
 rem code of every step, and exits with 0 only if each of them went as it should.
 setlocal EnableExtensions DisableDelayedExpansion
-set "QUEUECTL=python "%~dp0queuectl.py""
+set "SCRIPT=%~dp0queuectl.py"
 set "DEMO=%TEMP%\queuectl demo %RANDOM%%RANDOM%"
 set "QUEUECTL_HOME=%DEMO%\home"
 set "FAILED="
@@ -31,15 +31,15 @@ call :refused enqueue "{\"id\": \"typo\", \"comand\": \"echo\"}"
 call :step 3. Enqueue: a low and a high priority, a delay, a time-out
 call :run enqueue --id low --priority 1 -- "echo low>>order.txt"
 call :run enqueue --id high --priority 10 -- "echo high>>order.txt"
-call :run enqueue --id later --delay 8s -- "echo Later"
 call :run enqueue --id slow --timeout 2s --max-retries 0 -- ping -n 60 127.0.0.1
+call :run enqueue --id later --delay 10s -- "echo Later"
 call :run list
 
 call :step 4. Start a worker: it is up when the command returns
 call :run worker start
+call :run show later
 call :run worker list
 call :run status
-call :run show later
 
 call :step 5. Wait for execution
 ping -n 4 127.0.0.1 >nul
@@ -49,8 +49,8 @@ call :await slow dead
 call :await broken dead
 call :await later completed
 set "FIRST="
-set /p FIRST=<order.txt
-if not "%FIRST%"=="high" set "FAILED=the high priority did not run first"
+for /f %%L in (order.txt) do if not defined FIRST set "FIRST=%%L"
+if not defined FAILED if not "%FIRST%"=="high" set "FAILED=the high priority did not run first"
 
 call :step 6. Look: list, logs, show, metrics
 call :run list
@@ -93,7 +93,7 @@ rem One queuectl command, which must succeed; after a failure nothing more is ru
 if defined FAILED exit /b 1
 echo.
 echo ^> queuectl %*
-%QUEUECTL% %*
+python "%SCRIPT%" %*
 if not "%errorlevel%"=="0" set "FAILED=queuectl %1 %2 exited with %errorlevel%"
 exit /b 0
 
@@ -102,7 +102,7 @@ rem One queuectl command, which must not succeed.
 if defined FAILED exit /b 1
 echo.
 echo ^> queuectl %*
-%QUEUECTL% %*
+python "%SCRIPT%" %*
 if "%errorlevel%"=="0" set "FAILED=queuectl %1 %2 should have been refused"
 exit /b 0
 
@@ -111,7 +111,7 @@ rem Look once a second, for a minute, whether job %1 has come to state %2.
 if defined FAILED exit /b 1
 set "TRIES=0"
 :look
-%QUEUECTL% list --state %2 | find "%1 " >nul
+python "%SCRIPT%" list --state %2 | find "%1 " >nul
 if "%errorlevel%"=="0" (
     echo job %1 is %2
     exit /b 0
@@ -126,9 +126,9 @@ goto look
 
 :failed
 echo.
-%QUEUECTL% list
+python "%SCRIPT%" list
+python "%SCRIPT%" worker stop --now
 if exist "%QUEUECTL_HOME%\worker.log" type "%QUEUECTL_HOME%\worker.log"
-%QUEUECTL% worker stop --now
 call :clean
 echo.
 echo Demo FAILED: %FAILED%
@@ -136,5 +136,6 @@ exit /b 1
 
 :clean
 popd
+ping -n 2 127.0.0.1 >nul
 rmdir /s /q "%DEMO%"
 exit /b 0

@@ -2064,14 +2064,15 @@ if sys.platform == "win32":
     def start_detached(arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
         """A worker process of its own; what it has to say until it is up, and then nothing.
 
-        It lives in the home: a directory that a process lives in can neither be moved nor removed.
+        It lives at the root: a directory that a process lives in can neither be moved nor removed.
         """
         home = open_home().path
+        root = os.path.splitdrive(home)[0] + "\\"
         hidden = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
         for flags in (hidden | _BREAKAWAY, hidden):
             try:
                 process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), *arguments], cwd=home, creationflags=flags,
+                    [sys.executable, os.path.abspath(__file__), *arguments], cwd=root, creationflags=flags,
                     env={**os.environ, "QUEUECTL_HOME": home}, text=True, errors="replace",
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 )  # fmt: skip
@@ -2095,6 +2096,8 @@ else:
 
     _RING = b"\0"  # never the number of a signal
     _Identity = tuple[int, str]  # a process id and when that process started
+    _HAS_PROC = os.path.isdir("/proc/self/fd")  # Linux; elsewhere `ps` tells what it can
+    _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
 
     def refuse_if_shared(directory: str) -> None:
         """QueueError where somebody else can write to a directory, as ssh does."""
@@ -2171,9 +2174,22 @@ else:
         """Does a worker listen to its bell?"""
         return _with_fifo(home, worker, b"")
 
+    def _ps(*options: str) -> list[str]:
+        """What `ps` says, a line a process."""
+        import subprocess
+
+        said = subprocess.run(["ps", *options], stdout=subprocess.PIPE, check=False).stdout
+        return said.decode(errors="replace").splitlines()
+
     def _processes() -> dict[_Identity, int]:
         """Every process that has not ended, and its parent's id."""
         found = {}
+        if not _HAS_PROC:
+            for line in _ps("-axo", "pid=,ppid=,stat=,lstart="):
+                pid, ppid, state, started = line.split(None, 3)
+                if state[0] != "Z":
+                    found[int(pid), started.strip()] = int(ppid)
+            return found
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 state, parent, started = _stat(entry)
@@ -2189,6 +2205,8 @@ else:
 
     def _mark_of(pid: int) -> str | None:
         """The mark in the environment that a process was started with; None where it cleared it."""
+        if not _HAS_PROC:
+            return next(iter(re.findall(rf" {MARK}=(\S+)", " ".join(_ps("-Ewwo", "command=", "-p", str(pid))))), None)
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
             _, found, rest = (b"\0" + file.read()).partition(f"\0{MARK}=".encode())
             return os.fsdecode(rest.partition(b"\0")[0]) if found else None
@@ -2217,6 +2235,11 @@ else:
 
     def _send(process: _Identity, number: int) -> None:
         """Signal a process unless its id has gone to another meanwhile."""
+        if not _HAS_PROC:
+            if process in _processes():
+                with contextlib.suppress(OSError):
+                    os.kill(process[0], number)
+            return
         with contextlib.suppress(OSError):
             fd = os.pidfd_open(process[0])  # from here on the id cannot change hands under us
             try:
@@ -2287,10 +2310,9 @@ else:
                     return self._exit
                 if pid == self._pid:
                     code = os.waitstatus_to_exitcode(status)
-                    kib = 1 if usage.ru_maxrss > 2**32 else 1024  # macOS counts bytes
                     self._exit = Exit(
                         code if code >= 0 else None, -code if code < 0 else None,
-                        usage.ru_maxrss * kib, usage.ru_utime + usage.ru_stime,
+                        usage.ru_maxrss * _RSS_BYTES, usage.ru_utime + usage.ru_stime,
                     )  # fmt: skip
 
         def _members(self) -> set[_Identity]:
@@ -3444,6 +3466,7 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
 def see_through(home: Home, store: Store, ids: Sequence[str]) -> int:
     """Wait for jobs, showing the output of one alone; what to exit with."""
     jobs = [store.get(id) for id in ids]
+    warn_if_nobody_works(home, store)
     if len(jobs) != 1:
         found = wait_for_jobs(store, [job.seq for job in jobs], math.inf, lambda _: None)
         return int(found is None or any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
@@ -3649,11 +3672,18 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
     jobs = store.chosen(Selection(ids, tag, queue)) if some else []
     total = len(jobs) if some else sum(store.counts().values())
     timeout_s = math.inf if timeout is None else parse_duration(timeout)
+    warn_if_nobody_works(home, store)
     with progress_to(total) as progress:
         found = wait_for_jobs(store, [job.seq for job in jobs] if some else None, timeout_s, progress)
     if found is None:
         return EX_TIMED_OUT
     return int(any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
+
+
+def warn_if_nobody_works(home: Home, store: Store) -> None:
+    """Who waits for what nobody will do is told so."""
+    if not living_workers(home, store) and any(store.counts()[state] for state in (*WAITING, State.PROCESSING)):
+        click.echo("no worker is running; start one: queuectl worker start", err=True)
 
 
 @contextlib.contextmanager

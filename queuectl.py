@@ -2812,7 +2812,7 @@ class Worker:
 
 def attempt_mark(home: Home, job: Job) -> str:
     """The mark that an attempt's processes carry; the home tells it from another queue's."""
-    return f"{job.mark}@{home.path}"
+    return f"{job.mark}@{home.path}".replace(" ", "%20")  # one word, for `ps`
 
 
 def _chance() -> float:

@@ -1872,9 +1872,7 @@ if sys.platform == "win32":
         descriptor = ctypes.create_string_buffer(size.value)
         if not advapi32.GetFileSecurityW(path, who_may, descriptor, size, ctypes.byref(size)):
             return ""
-        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(
-            descriptor, 1, who_may, ctypes.byref(text), None
-        )
+        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, 1, who_may, ctypes.byref(text), None)
         try:
             return text.value or ""
         finally:

@@ -1,0 +1,2214 @@
+#!/usr/bin/env python3
+"""Tests of queuectl: `python tests.py [--long] [--dev] [NAME or part of a name]...`
+
+Each test has a temporary home of its own, waits for conditions and never for a time, and leaves no
+process behind. Needs click; with --dev (those tests alone) also hypothesis and prometheus-client.
+They stand in the order of the sections of queuectl.py. How a command line behaves is tested with
+real processes, races with real databases and workers, what is pure with the time passed in.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import concurrent.futures
+import contextlib
+import datetime
+import functools
+import inspect
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import symtable
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import queuectl as q
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = [sys.executable, str(HERE / "queuectl.py")]
+WINDOWS = sys.platform == "win32"
+DEADLINE_S = 240 if WINDOWS else 90  # generous: reached only by what will never happen
+KILL = signal.SIGTERM if WINDOWS else signal.SIGKILL  # on Windows any signal ends a process at once
+LONG = "--long" in sys.argv
+ENV_LOCK = threading.Lock()  # the environment belongs to all tests
+
+Test = Callable[..., None]
+
+
+# ---- the harness
+
+
+class Skip(Exception):
+    """What a test is about is not there."""
+
+
+def posix(test: Test) -> Test:
+    """For systems with signals, modes and sessions."""
+    test.here = not WINDOWS  # type: ignore[attr-defined]
+    return test
+
+
+def windows(test: Test) -> Test:
+    """For Windows."""
+    test.here = WINDOWS  # type: ignore[attr-defined]
+    return test
+
+
+def dev(test: Test) -> Test:
+    """Needs development dependencies: run with --dev alone."""
+    test.dev = True  # type: ignore[attr-defined]
+    return test
+
+
+def alone(test: Test) -> Test:
+    """Needs both cores: run with no other test beside it."""
+    test.alone = True  # type: ignore[attr-defined]
+    return test
+
+
+def same(got: Any, wanted: Any) -> None:
+    """Fail and show both unless they are equal."""
+    assert got == wanted, f"\n     got {got!r}\n  wanted {wanted!r}"
+
+
+def until(condition: Callable[[], Any], what: str = "") -> Any:
+    """Wait for a condition and return what it gave."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"never came true: {what or inspect.getsource(condition).strip()}"
+        time.sleep(0.02)
+    return found
+
+
+@contextlib.contextmanager
+def refuses(kind: type[BaseException], *words: str) -> Iterator[None]:
+    """The block must raise that kind of error, with those words in it."""
+    try:
+        yield
+    except kind as error:
+        for word in words:
+            assert word in str(error), f"no {word!r} in {str(error)!r}"
+    else:
+        raise AssertionError(f"did not raise {kind.__name__}")
+
+
+class Home:
+    """A queue in a directory of its own, driven as its users drive it; made at first use."""
+
+    def __init__(self) -> None:
+        self.root = Path(os.path.realpath(tempfile.mkdtemp(prefix="queuectl-test-")))
+        self.path, self.work = self.root / "home", self.root / "work"
+        self.work.mkdir()
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("QUEUECTL_", "PYTHONIO", "PYTHONUTF8"))}
+        self.env |= {"QUEUECTL_HOME": str(self.path), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    # -- the command line
+
+    def popen(self, *args: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
+        """Start a command of queuectl."""
+        where: dict[str, Any] = {"cwd": self.work, "env": {**self.env, **(env or {})}}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*PROGRAM, *args], **{**where, **pipes, **options})
+
+    def run(self, *args: str, stdin: str | bytes = "", code: int = 0, **options: Any) -> Ran:
+        """Run a command of queuectl to its end, which must have that exit code and be orderly."""
+        process = self.popen(*args, stdin=subprocess.PIPE, **options)
+        given = stdin if isinstance(stdin, bytes) else stdin.encode()
+        try:
+            out, err = process.communicate(given, timeout=DEADLINE_S)
+        finally:
+            process.kill()
+        ran = Ran(process.returncode, out, err)
+        same((args, ran.code, ran.err if ran.code != code else ""), (args, code, ""))
+        assert "Traceback" not in ran.err and "is locked" not in ran.err, ran.err
+        return ran
+
+    def out(self, *args: str, **options: Any) -> str:
+        """What a command prints."""
+        return self.run(*args, **options).out
+
+    def json(self, *args: str, **options: Any) -> Any:
+        """What a command says with --json: one document and nothing else."""
+        at = args.index("--") if "--" in args else len(args)
+        return json.loads(self.out(*args[:at], "--json", *args[at:], **options))
+
+    def fails(self, *args: str, code: int = 1, **options: Any) -> str:
+        """The one line with which a command must fail, having changed nothing."""
+        before = self.dump()
+        ran = self.run(*args, code=code, **options)
+        assert re.fullmatch(r"Error: [^\n]+\n", ran.err), ran.err
+        same((ran.out, self.dump()), ("", before))
+        return ran.err
+
+    def start(self, count: int = 1, *args: str, **options: Any) -> list[q.WorkerRow]:
+        """Start workers; those that run then."""
+        self.run("worker", "start", "--count", str(count), *args, **options)
+        return self.store.workers()
+
+    # -- the database
+
+    @functools.cached_property
+    def home(self) -> q.Home:
+        """The home, as queuectl makes it."""
+        with ENV_LOCK:
+            os.environ["QUEUECTL_HOME"] = str(self.path)
+            try:
+                return q.open_home()
+            finally:
+                del os.environ["QUEUECTL_HOME"]
+
+    @functools.cached_property
+    def store(self) -> q.Store:
+        """The store of this home."""
+        return q.Store(self.home.database, DEADLINE_S)
+
+    def dump(self) -> list[str]:
+        """Every row there is."""
+        with contextlib.closing(sqlite3.connect(self.home.database, timeout=DEADLINE_S)) as db:
+            return list(db.iterdump())
+
+    def sql(self, statement: str) -> list[Any]:
+        """Run a statement, behind queuectl's back."""
+        with contextlib.closing(sqlite3.connect(self.home.database, timeout=DEADLINE_S)) as db, db:
+            return db.execute(statement).fetchall()
+
+    def add(self, command: str | list[str] = "exit 0", **fields: Any) -> str:
+        """Store a job without the command line; its id."""
+        return self.add_all([{"command": command, **fields}])[0]
+
+    def add_all(self, jobs: Iterable[dict[str, Any]]) -> list[str]:
+        """Store jobs in one transaction."""
+        specs = [("", q.check_fields({"cwd": str(self.work), **job})) for job in jobs]
+        return [id for id, _ in self.store.enqueue(specs, q.now_ms())]
+
+    def job(self, id: str) -> q.Job:
+        """A job as it is now."""
+        return self.store.get(id)
+
+    def state(self, id: str) -> str:
+        """The state of a job."""
+        return self.job(id).state.value
+
+    def history(self, id: str) -> list[q.Attempt]:
+        """The attempts of a job that have ended."""
+        return self.store.history(self.job(id))
+
+    def ended(self, id: str) -> q.Job:
+        """A job, once it has ended."""
+        until(lambda: self.job(id).state in q.ENDED, f"{id} ends")
+        return self.job(id)
+
+    def until_state(self, id: str, state: str) -> q.Job:
+        """A job, once it is in a state."""
+        until(lambda: self.state(id) == state, f"{id} is {state}")
+        return self.job(id)
+
+    def worker_row(self, pid: int = 0) -> int:
+        """Register a worker that is not there."""
+        return self.store.register(pid, "host", None, False, q.now_ms(), lambda _: None, lambda _: True).id
+
+    def claim(self, worker: int, now: int | None = None) -> q.Job:
+        """Claim a job for a worker; there must be one."""
+        job = self.store.claim(worker, None, q.now_ms() if now is None else now)
+        assert job
+        return job
+
+    # -- files
+
+    def log(self, id: str) -> bytes:
+        """A job's output so far."""
+        path = Path(self.home.log(id))
+        return path.read_bytes() if path.exists() else b""
+
+    def script(self, name: str, text: str) -> str:
+        """A Python program in the directory where jobs run."""
+        (self.work / name).write_text(text)
+        return name
+
+    def text(self, name: str) -> str:
+        """A file in the directory where jobs run; empty where it is missing."""
+        path = self.work / name
+        return path.read_text() if path.exists() else ""
+
+    def lines(self, name: str) -> list[str]:
+        """The whole lines of a file in the directory where jobs run."""
+        return [line.rstrip("\n") for line in self.text(name).splitlines(True) if line.endswith("\n")]
+
+    # -- the end
+
+    def kill_workers(self) -> list[q.WorkerRow]:
+        """`kill -9` of every worker."""
+        rows = self.store.workers()
+        for row in rows:
+            os.kill(row.pid, KILL)
+        until(lambda: not q.living_workers(self.home, self.store), "killed workers are gone")
+        return rows
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever has happened."""
+        with contextlib.suppress(Exception):
+            if os.path.exists(self.home.database) and self.store.workers():
+                pids = [row.pid for row in q.living_workers(self.home, self.store)]
+                with contextlib.suppress(AssertionError):
+                    self.run("worker", "stop", "--now", "--timeout", "20")
+                left = {row.pid for row in q.living_workers(self.home, self.store)}
+                for pid in left.intersection(pids):
+                    os.kill(pid, KILL)
+        with contextlib.suppress(Exception):
+            self.store.close()
+        self._sweep()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """End every process that was started with this home in its environment."""
+        for entry in Path("/proc").glob("[0-9]*") if not WINDOWS else ():
+            with contextlib.suppress(OSError):
+                if f"QUEUECTL_HOME={self.path}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+
+class Ran:
+    """A command that has ended."""
+
+    def __init__(self, code: int, out: bytes, err: bytes) -> None:
+        self.code, self.raw = code, out
+        self.out, self.err = (s.decode("utf-8", "replace").replace("\r\n", "\n") for s in (out, err))
+
+
+def is_running(pid: int) -> bool:
+    """Is there such a process, and has it not ended?"""
+    if sys.platform == "win32":
+        import ctypes
+
+        kernel32 = ctypes.WinDLL("kernel32")
+        kernel32.OpenProcess.restype = ctypes.c_void_p
+        handle = ctypes.c_void_p(kernel32.OpenProcess(0x100000, False, pid))
+        try:
+            return bool(handle.value) and kernel32.WaitForSingleObject(handle, 0) == 0x102
+        finally:
+            kernel32.CloseHandle(handle)
+    if os.path.isdir("/proc/self"):
+        try:
+            return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+        except OSError:
+            return False
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def sleeping(seconds: float) -> str:
+    """A line for the shell that takes that long."""
+    return f"ping -n {int(seconds) + 1} 127.0.0.1 >nul" if WINDOWS else f"exec sleep {seconds}"
+
+
+def a_job(**changes: Any) -> q.Job:
+    """A job that is in no database."""
+    blank: dict[str, Any] = dict.fromkeys(q.COLUMNS) | {
+        "seq": 1, "id": "a", "command": "exit 0", "priority": 0, "queue": "default", "cwd": "/", "hold": False,
+        "on_lost": "retry", "snooze": False, "state": q.State.PENDING, "attempts": 0, "blockers": 0,
+        "cancelling": False, "created_at": 0, "updated_at": 0,
+    }  # fmt: skip
+    return q.Job(**(blank | changes))
+
+
+def a_worker(**changes: Any) -> q.WorkerRow:
+    """A worker that is in no database."""
+    blank: dict[str, Any] = {"id": 1, "pid": 1, "host": "h", "slot": 1, "queues": None, "drain": False, "stop": None}
+    return q.WorkerRow(**(blank | {"started_at": 0, "job": None} | changes))
+
+
+def exited(code: int) -> q.Outcome:
+    """The outcome of a command that ended by itself."""
+    return q.Outcome(q.End.EXITED, code, error=f"exit code {code}" if code else None)
+
+
+# A child that cannot be asked to leave and is in a session of its own; it writes down its id.
+DEAF = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.setsid()
+with open(sys.argv[1], "a") as file:
+    file.write(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+
+# What a command is told: its arguments, where it is, and its environment.
+TELL = """
+import json, os, sys
+print(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), sys.stdin.read()]))
+"""
+
+
+# ---- errors
+
+
+def test_errors_have_the_exit_codes_of_the_contract() -> None:
+    """Bad input is 2, everything else that cannot be done is 1."""
+    kinds = {q.QueueError: 1, q.BadInput: 2, q.NotFound: 1, q.StoreError: 1, q.StoreBusy: 1}
+    same({kind: kind.exit_code for kind in kinds}, kinds)
+
+
+def test_error_is_one_line_and_changes_nothing(home: Home) -> None:
+    """Whatever is wrong is said in one line on stderr with its exit code, and nothing has changed."""
+    home.add(id="here")
+    calls: list[tuple[int, list[str]]] = [
+        (1, ["show", "nowhere"]), (1, ["logs", "nowhere"]), (1, ["dlq", "retry", "here"]), (1, ["release", "nowhere"]),
+        (1, ["enqueue", '{"id": "HERE", "command": "x"}']), (1, ["config", "get", "no_such_key"]),
+        (2, ["dlq", "purge"]), (2, ["enqueue"]), (2, ["enqueue", "{"]), (2, ["enqueue", "[]"]),
+        (2, ["enqueue", '{"command": ""}']), (2, ["enqueue", "{command:", "x}"]), (2, ["enqueue", "--"]),
+        (2, ["config", "set", "max_retries", "-1"]), (2, ["list", "--state", "nosuch"]), (2, ["list", "--limit", "x"]),
+        (2, ["nosuchcommand"]), (2, ["status", "--nosuchoption"]), (2, ["worker", "start", "--count", "0"]),
+        (2, ["worker", "start", "--queue", "bad name"]), (2, ["worker", "stop", "--timeout", "soon"]),
+        (2, ["enqueue", "--delay", "soon", "--", "x"]), (2, ["enqueue", "--file", "gone.jsonl"]),
+    ]  # fmt: skip
+    for code, args in calls[:: 4 if WINDOWS else 1]:
+        home.fails(*args, code=code)
+
+
+def test_error_says_what_to_do(home: Home) -> None:
+    """An unknown job is answered with the nearest one, shell-eaten JSON with the form that survives every shell."""
+    home.add(id="report")
+    assert "did you mean 'report'" in home.fails("show", "reprot")
+    assert "enqueue -- COMMAND" in home.fails("enqueue", "{command:x}", code=2)
+
+
+def test_error_shows_control_characters_escaped(home: Home) -> None:
+    """What an error quotes cannot drive the terminal."""
+    line = home.fails("enqueue", '{"\\u001b[2J": 1, "command": "x"}', code=2)
+    assert "\x1b" not in line and "\\x1b[2J" in line, line
+
+
+# ---- the job
+
+
+def test_fields_every_one_is_taken() -> None:
+    """A job may name every field of the contract, and each arrives as the database will hold it."""
+    given = {
+        "id": "a.b-c_1", "command": ["prog", ""], "priority": -(2**31), "max_retries": 0, "timeout": 0.5, "delay": 3,
+        "backoff_base": 0.1, "queue": "q", "tag": "t", "key": "k", "cwd": "/", "env": {"A": "ä", "B": ""},
+        "after": ["x"], "hold": True, "on_lost": "dead", "ok_codes": [3], "no_retry_codes": [4, 5], "snooze": True,
+    }  # fmt: skip
+    same(set(given) | {"run_at"}, set(q.FIELDS))
+    same(q.check_fields(given), given)
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"id": ""}, "id"), ({"id": "-x"}, "id"), ({"id": "x."}, "id"), ({"id": "x" * 129}, "id"), ({"id": "a/b"}, "id"),
+    ({"id": "ä"}, "id"), ({"id": 7}, "id"), ({"id": None}, "id"), ({"id": "a\n"}, "id"), ({"id": "a b"}, "id"),
+    ({"id": "nul"}, "device"), ({"id": "Con.txt"}, "device"), ({"id": "LPT1"}, "device"), ({"id": "com9.a.b"}, "device"),
+    ({"command": ""}, "command"), ({"command": " \n"}, "command"), ({"command": []}, "command"),
+    ({"command": [""]}, "command"), ({"command": ["a", 1]}, "command"), ({"command": 5}, "command"),
+    ({"command": None}, "command"), ({"command": "a\0b"}, "NUL"), ({"command": ["a", "\0"]}, "NUL"),
+    ({"command": "\ud800"}, "Unicode"), ({"command": {"a": 1}}, "command"),
+    ({"priority": 1.0}, "priority"), ({"priority": "1"}, "priority"), ({"priority": True}, "priority"),
+    ({"priority": 2**31}, "priority"), ({"priority": -(2**31) - 1}, "priority"), ({"priority": None}, "priority"),
+    ({"max_retries": -1}, "max_retries"), ({"max_retries": 1.5}, "max_retries"), ({"max_retries": False}, "max_retries"),
+    ({"timeout": -1}, "timeout"), ({"timeout": "5"}, "timeout"), ({"timeout": True}, "timeout"),
+    ({"timeout": float("nan")}, "timeout"), ({"timeout": float("inf")}, "timeout"), ({"timeout": 10**30}, "timeout"),
+    ({"run_at": "tomorrow"}, "run_at"), ({"run_at": -1}, "run_at"), ({"run_at": "2030-13-01"}, "run_at"),
+    ({"run_at": True}, "run_at"), ({"run_at": 10**30}, "run_at"), ({"run_at": []}, "run_at"),
+    ({"delay": -1}, "delay"), ({"delay": "1s"}, "delay"), ({"delay": 1, "run_at": 1}, "exclude"),
+    ({"backoff_base": 0}, "backoff_base"), ({"backoff_base": -2}, "backoff_base"), ({"backoff_base": "2"}, "backoff_b"),
+    ({"queue": ""}, "queue"), ({"queue": "a b"}, "queue"), ({"tag": "-"}, "tag"), ({"tag": 1}, "tag"),
+    ({"key": ""}, "key"), ({"key": "a/b"}, "key"), ({"cwd": ""}, "cwd"), ({"cwd": 1}, "cwd"), ({"cwd": "\0"}, "cwd"),
+    ({"env": []}, "env"), ({"env": {"A": 1}}, "env"), ({"env": {"": "x"}}, "env"), ({"env": {"A=B": "x"}}, "env"),
+    ({"env": {"A": "\0"}}, "env"), ({"after": "a"}, "after"), ({"after": [1]}, "after"), ({"after": ["a b"]}, "after"),
+    ({"hold": 1}, "hold"), ({"hold": "yes"}, "hold"), ({"on_lost": "again"}, "on_lost"), ({"on_lost": 1}, "on_lost"),
+    ({"ok_codes": 3}, "ok_codes"), ({"ok_codes": ["3"]}, "ok_codes"), ({"ok_codes": [-1]}, "ok_codes"),
+    ({"no_retry_codes": [True]}, "no_retry_codes"), ({"snooze": 0}, "snooze"),
+]  # fmt: skip
+
+
+def test_fields_bad_input_of_every_kind_is_refused() -> None:
+    """A wrong type, range or character in any field is bad input, and the error names the field or the reason."""
+    for fields, word in BAD_FIELDS:
+        with refuses(q.BadInput, word):
+            print(f"\n  taken, but should not be: {q.check_fields({'command': 'x', **fields})}")
+
+
+def test_fields_a_job_must_be_an_object_with_a_command() -> None:
+    """Other JSON than an object, and an object without a command, are refused."""
+    for value in (None, 1, "x", [], [{"command": "x"}], True):
+        with refuses(q.BadInput, "JSON object"):
+            q.check_fields(value)
+    with refuses(q.BadInput, "command"):
+        q.check_fields({})
+
+
+def test_fields_an_unknown_one_is_refused_with_the_nearest() -> None:
+    """A misspelt field is answered with the one that was meant."""
+    with refuses(q.BadInput, "'max_retrys'", "'max_retries'"):
+        q.check_fields({"command": "x", "max_retrys": 1})
+
+
+def test_command_may_be_128_kib_and_no_more() -> None:
+    """A command of 128 KiB is taken, a longer one is refused, counted in bytes."""
+    q.check_fields({"command": "x" * (128 * 1024 - 1)})
+    for command in ("x" * 128 * 1024 + "x", ["x", "ä" * 65 * 1024]):
+        with refuses(q.BadInput, "131072"):
+            q.check_fields({"command": command})
+
+
+def test_parse_job_says_where_json_breaks() -> None:
+    """What is not JSON is refused with its place; so are NaN, a field named twice and a bottomless nest."""
+    for text, word in (('{"a" 1}', "character 6"), ('{"a": NaN}', "NaN"), ('{"a": 1, "a": 2}', "twice"),
+                       ("[" * 100_000, "nested"), ("", "character 1"), ("9" * 5000, "number")):  # fmt: skip
+        with refuses(q.BadInput, word):
+            q.parse_job(text)
+
+
+def test_run_at_is_unix_seconds_or_iso_8601() -> None:
+    """A start time may be Unix seconds or ISO 8601, which without a zone means local time."""
+    def at(value: Any) -> int:
+        return int(q.check_fields({"command": "x", "run_at": value})["run_at"])
+
+    local = datetime.datetime(2030, 1, 31, 18, 0).timestamp()
+    same([at(0), at(1.5), at("2030-01-31T18:00Z"), at("2030-01-31T19:00:00.250+01:00"), at("2030-01-31 18:00")],
+         [0, 1500, 1896112800000, 1896112800250, round(local * 1000)])  # fmt: skip
+
+
+def test_parse_duration_takes_units() -> None:
+    """A duration is seconds, or numbers with units, and nothing else."""
+    good = {"90": 90, "90s": 90, "10m": 600, "1h30m": 5400, "7d": 604800, "1.5h": 5400, "250ms": 0.25, "0": 0, "1w": 604800}
+    same({text: q.parse_duration(text) for text in good}, good)
+    for text in ("", "s", "1x", "-1", "1h30", "1 h", "1e3", "nan", "inf", "1h-5m"):
+        with refuses(q.BadInput, "duration"):
+            print(text, q.parse_duration(text))
+
+
+def test_read_batch_names_the_bad_line() -> None:
+    """JSON Lines may have a byte order mark, blank lines and CRLF; a bad line is named by its number."""
+    good = b'\xef\xbb\xbf{"command": "a"}\r\n\n  \n{"command": "b", "queue": "own"}'
+    found = [spec for _, spec in q.read_batch(good.splitlines(True), {"queue": "shared"})]
+    same([(spec["command"], spec["queue"]) for spec in found], [("a", "shared"), ("b", "own")])
+    for bad in (b'{"command": 1}', b"{", b"[]", b"\xff"):
+        with refuses(q.BadInput, "line 3"):
+            list(q.read_batch([b'{"command": "a"}\n', b"\n", bad], {}))
+
+
+def test_printable_escapes_what_drives_a_terminal() -> None:
+    """Control characters are shown escaped, everything else as it is."""
+    same(q.printable("a\x1b[31m\r\n\x07\x9b\u202eü"), "a\\x1b[31m\\r\\n\\x07\\x9b\\u202eü")
+
+
+def test_command_line_is_as_one_would_type_it() -> None:
+    """The list form is shown quoted, the shell form as it is."""
+    same([q.command_line("a | b"), q.command_line(["a b", "c"])], ["a | b", "'a b' c"])
+
+
+def test_job_goes_through_the_database_unchanged(home: Home) -> None:
+    """Every field of a job is read back as it was given."""
+    given = {
+        "id": "x", "command": ["a", "ü\n"], "priority": 5, "max_retries": 1, "timeout": 0.5, "run_at": 1.5,
+        "backoff_base": 3.0, "queue": "q", "tag": "t", "key": "k", "cwd": "/d", "env": {"A": "b"}, "hold": True,
+        "on_lost": "dead", "ok_codes": [3], "no_retry_codes": [4], "snooze": True,
+    }  # fmt: skip
+    home.add(**given)
+    job = home.job("x")
+    same({name: getattr(job, name) for name in given}, {**given, "run_at": 1500})
+
+
+def test_job_of_an_unknown_state_is_refused(home: Home) -> None:
+    """A row whose state does not exist is an error, not a job."""
+    row = list(a_job())
+    for place in map(q.COLUMNS.index, q.JSON_COLUMNS):
+        row[place] = None
+    row[q.COLUMNS.index("state")] = "asleep"
+    with refuses(ValueError, "asleep"):
+        q.job_from_row(row)
+
+
+# ---- settings
+
+
+def test_settings_have_the_defaults_of_the_contract() -> None:
+    """Base 2, three retries, 30 seconds, 5 seconds of grace, no cap and no jitter unless somebody says so."""
+    found = q.Settings()
+    same((found.backoff_base, found.max_retries, found.job_timeout, found.kill_grace), (2, 3, 30, 5))
+    same((found.backoff_max, found.backoff_jitter, set(q.SETTINGS)), (0, 0, set(found._fields)))
+
+
+def test_settings_are_checked() -> None:
+    """A key may be written with dashes, is answered with the nearest where unknown, and takes only what it can be."""
+    same((q.parse_setting("max-retries", "5"), q.parse_setting("job_timeout", "2m")), (5, 120.0))
+    with refuses(q.NotFound, "'max_retries'"):
+        q.setting_key("max_retrys")
+    for key, text in (("max_retries", "1.5"), ("max_retries", "x"), ("backoff_base", "0"), ("backoff_base", "nan"),
+                      ("job_timeout", "-1"), ("backoff_jitter", "2"), ("log_max_bytes", "-1")):  # fmt: skip
+        with refuses(q.BadInput, key):
+            q.parse_setting(key, text)
+
+
+def test_backoff_is_base_to_the_power_of_the_attempt() -> None:
+    """After failed attempt n a job waits exactly base ** n, with the base of the job or else the setting."""
+    waits = [q.backoff_s(a_job(attempts=n), q.Settings(), 0.9) for n in (1, 2, 3, 10)]
+    same(waits, [2, 4, 8, 1024])
+    same(q.backoff_s(a_job(attempts=2, backoff_base=0.3), q.Settings(), 0.9), 0.3**2)
+    same(q.backoff_s(a_job(attempts=3), q.Settings(backoff_base=5), 0.9), 125)
+
+
+def test_backoff_may_be_capped_and_spread() -> None:
+    """`backoff_max` caps, `backoff_jitter` adds a fraction, and no number of attempts overflows."""
+    same(q.backoff_s(a_job(attempts=9), q.Settings(backoff_max=60), 0), 60)
+    same(q.backoff_s(a_job(attempts=3), q.Settings(backoff_jitter=0.5), 0.5), 10)
+    assert 0 < q.backoff_s(a_job(attempts=10**6), q.Settings(), 1) < 10**12
+
+
+def test_judge_completes_on_zero_and_ok_codes() -> None:
+    """Exit code 0 and the job's `ok_codes` complete, also where the job was being cancelled."""
+    for job, code in ((a_job(), 0), (a_job(ok_codes=[3]), 3), (a_job(cancelling=True), 0)):
+        same(q.judge(job._replace(attempts=1), exited(code), q.Settings(), 0, 0), q.Verdict(q.State.COMPLETED, 1))
+
+
+def test_judge_fails_until_the_retries_are_used_up() -> None:
+    """Attempt n of at most 1 + max_retries fails and waits base ** n; the last is dead."""
+    verdicts = [q.judge(a_job(attempts=n), exited(1), q.Settings(max_retries=2), 1000, 0) for n in (1, 2, 3)]
+    same(verdicts, [(q.State.FAILED, 1, 3000), (q.State.FAILED, 2, 5000), (q.State.DEAD, 3, None)])
+    same(q.judge(a_job(attempts=1, max_retries=0), exited(1), q.Settings(), 0, 0).state, q.State.DEAD)
+    for end in (q.End.TIMED_OUT, q.End.NOT_STARTED):
+        same(q.judge(a_job(attempts=1), q.Outcome(end), q.Settings(), 0, 0), (q.State.FAILED, 1, 2000))
+
+
+def test_judge_no_retry_codes_are_final() -> None:
+    """An exit code in `no_retry_codes` sends a job to the dead at once."""
+    same(q.judge(a_job(attempts=1, no_retry_codes=[4]), exited(4), q.Settings(), 0, 0), (q.State.DEAD, 1, None))
+
+
+def test_judge_snooze_does_not_count() -> None:
+    """Exit code 75 of a job with `snooze` puts it back for its backoff without counting the attempt."""
+    same(q.judge(a_job(attempts=1, snooze=True), exited(75), q.Settings(), 0, 0), (q.State.PENDING, 0, 2000))
+    same(q.judge(a_job(attempts=1), exited(75), q.Settings(), 0, 0).state, q.State.FAILED)
+
+
+def test_judge_given_back_does_not_count() -> None:
+    """A job that its worker gave back is pending, and the attempt is not counted."""
+    same(q.judge(a_job(attempts=2), q.Outcome(q.End.GIVEN_BACK), q.Settings(), 0, 0), (q.State.PENDING, 1, None))
+
+
+def test_judge_lost_counts_and_goes_by_on_lost() -> None:
+    """A lost attempt counts and is tried again at once, or is the end where `on_lost` is `dead`."""
+    lost = q.Outcome(q.End.LOST)
+    same(q.judge(a_job(attempts=1), lost, q.Settings(), 0, 0), (q.State.FAILED, 1, None))
+    same(q.judge(a_job(attempts=1, on_lost="dead"), lost, q.Settings(), 0, 0), (q.State.DEAD, 1, None))
+    same(q.judge(a_job(attempts=4), lost, q.Settings(), 0, 0), (q.State.DEAD, 4, None))
+
+
+def test_judge_cancelled_stays_cancelled() -> None:
+    """A job that is being cancelled ends so however its attempt ended, unless it completed first."""
+    for outcome in (exited(1), q.Outcome(q.End.CANCELLED), q.Outcome(q.End.LOST), q.Outcome(q.End.GIVEN_BACK)):
+        same(q.judge(a_job(attempts=1, cancelling=True), outcome, q.Settings(), 0, 0).state, q.State.CANCELLED)
+
+
+# ---- schema
+
+
+def test_schema_brings_an_empty_file_up(home: Home) -> None:
+    """An empty file, and a database of version 0, become a queue."""
+    home.path.mkdir(mode=0o700)
+    (home.path / "queue.db").touch(0o600)
+    home.run("enqueue", "--id", "a", "--", "exit 0")
+    same(home.sql("PRAGMA user_version"), [(len(q.MIGRATIONS),)])
+    old = home.root / "old.db"
+    with contextlib.closing(sqlite3.connect(old)) as db:
+        db.execute("VACUUM")  # a header, and version 0
+    with q.Store(str(old)) as store:
+        same(sum(store.counts().values()), 0)
+
+
+def test_schema_every_step_from_0_leads_to_the_same(home: Home) -> None:
+    """A database of each older version is brought up to just the schema that a new one has."""
+    for version in range(1, len(q.MIGRATIONS)):
+        path = home.root / f"{version}.db"
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            for _, statements in q.MIGRATIONS[:version]:
+                for statement in statements:
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {version}")
+        q.Store(str(path)).close()
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            found = db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+        same(found, home.store and home.sql("SELECT type, name, sql FROM sqlite_master ORDER BY name"))
+    assert all(re.match(rf"{n}: \w", why) for n, (why, _) in enumerate(q.MIGRATIONS, 1)), "each has its line of why"
+
+
+def test_schema_newer_is_refused(home: Home) -> None:
+    """A database that a newer queuectl made is refused and left as it is."""
+    home.add(id="a")
+    home.sql("PRAGMA user_version = 999")
+    assert "newer" in home.fails("status")
+    assert "newer" in home.fails("worker", "start")
+
+
+def test_schema_of_a_stranger_is_refused(home: Home) -> None:
+    """Another program's database is refused and left as it is."""
+    home.path.mkdir(mode=0o700)
+    with contextlib.closing(sqlite3.connect(home.path / "queue.db")) as db:
+        db.execute("CREATE TABLE theirs (a)")
+    assert "another program" in home.fails("status")
+
+
+def test_schema_many_processes_make_it_at_once(home: Home) -> None:
+    """Processes that find no home at the same time all end well, and each has stored its job."""
+    many = [home.popen("enqueue", "--", "exit 0") for _ in range(3 if WINDOWS else 8)]
+    same({(p.communicate(timeout=DEADLINE_S)[1], p.returncode) for p in many}, {(b"", 0)})
+    same(len(home.store.jobs()), len(many))
+
+
+# ---- store
+
+
+def test_enqueue_lands_whole_or_not_at_all(home: Home) -> None:
+    """A batch with one bad line, or one id that exists, stores nothing and names the line."""
+    home.add(id="a")
+    for bad in ('{"command": 1}', '{"command": "x", "id": "a"}', '{"command": "x", "after": ["nowhere"]}'):
+        code = 2 if "1}" in bad else 1
+        assert "line 2" in home.fails("enqueue", "-", stdin='{"command": "x"}\n' + bad, code=code)
+
+
+def test_enqueue_ids_are_unique_without_regard_to_case(home: Home) -> None:
+    """An id that exists in any case is refused, or passed over where that is wanted."""
+    home.add(id="Job")
+    with refuses(q.QueueError, "exists"):
+        home.add(id="jOB")
+    spec = q.check_fields({"command": "x", "id": "JOB", "cwd": "/"})
+    same(list(home.store.enqueue([("", spec)], 0, skip_existing=True)), [("JOB", False)])
+    same(len(home.store.jobs()), 1)
+
+
+def test_enqueue_made_up_ids_sort_by_time_and_are_never_used_twice(home: Home) -> None:
+    """Ids made up are short, rise in the order of creation, avoid those chosen, and do not come again after a purge."""
+    first = [home.add() for _ in range(20)]
+    home.add(id=f"J{len(first) + 2:07x}")
+    first += [home.add() for _ in range(3)]
+    same((first, len(set(first)), max(map(len, first)) < 12), (sorted(first), 23, True))
+    home.sql("UPDATE jobs SET state = 'dead'")
+    home.store.purge_dead(q.EVERY_JOB)
+    assert home.add() > first[-1]
+
+
+def test_enqueue_made_up_ids_avoid_those_of_the_same_batch(home: Home) -> None:
+    """An id made up for one line is not the one that another line of the batch chose."""
+    ids = home.add_all([{"command": "x", "id": f"j{n:07x}"} for n in (3, 2)] + [{"command": "x"}] * 3)
+    same((len(set(ids)), len(home.store.jobs())), (5, 5))
+
+
+def test_key_lets_one_job_at_a_time_in(home: Home) -> None:
+    """Enqueueing a key that a job bears which has not ended gives that job's id and changes nothing."""
+    home.add(id="a", key="k")
+    before = home.dump()
+    ran = home.json("enqueue", "--key", "k", "--", "exit 0")
+    same((ran, home.dump()), ([{"id": "a", "created": False}], before))
+    home.store.finish(home.claim(home.worker_row()), exited(0), q.Settings(), 1)
+    same(home.add(id="b", key="k"), "b")
+
+
+def test_key_of_another_keeps_the_dead_from_coming_back(home: Home) -> None:
+    """A dead job whose key another job bears meanwhile cannot be retried, in one line."""
+    home.add(id="a", key="k", max_retries=0)
+    home.store.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
+    home.add(id="b", key="k")
+    assert "'k'" in home.fails("dlq", "retry", "a")
+
+
+def test_claim_takes_the_highest_priority_then_the_first(home: Home) -> None:
+    """Higher priority first over all queues, among equals the first enqueued."""
+    for id, priority, queue in (("a", 0, "x"), ("b", 5, "y"), ("c", -1, "x"), ("d", 5, "x"), ("e", 0, "y")):
+        home.add(id=id, priority=priority, queue=queue)
+    worker = home.worker_row()
+    same([home.claim(worker).id for _ in range(5)], ["b", "d", "a", "e", "c"])
+    same(home.store.claim(worker, None, q.now_ms()), None)
+
+
+def test_claim_passes_over_what_may_not_run(home: Home) -> None:
+    """Not before its time, not while on hold, not before its parents, not of other queues."""
+    now = q.now_ms()
+    home.add(id="later", delay=60)
+    home.add(id="held", hold=True)
+    home.add(id="parent", queue="other")
+    home.add(id="child", after=["parent"])
+    worker = home.worker_row()
+    same(home.store.claim(worker, ["default"], now), None)
+    same(home.claim(worker, now).id, "parent")
+    same(home.store.claim(worker, None, now + 59_000), None)
+    same(home.claim(worker, now + 120_000).id, "later")
+
+
+def test_claim_keeps_to_pauses_and_limits(home: Home) -> None:
+    """Of a paused queue nothing is started, of a limited one at most so many at once."""
+    home.add_all({"command": "x", "id": f"{queue}{n}", "queue": queue} for queue in "ab" for n in range(3))
+    home.sql("INSERT INTO queues VALUES ('a', 1, NULL), ('b', 0, 2)")
+    worker = home.worker_row()
+    jobs = [home.claim(worker), home.claim(worker)]
+    same(([job.id for job in jobs], home.store.claim(worker, None, q.now_ms())), (["b0", "b1"], None))
+    home.store.finish(jobs[0], exited(0), q.Settings(), 1)
+    same(home.claim(worker).id, "b2")
+
+
+def test_claim_gives_nothing_to_who_is_leaving(home: Home) -> None:
+    """A worker that was told to stop, or that was taken for dead, gets no job."""
+    home.add()
+    worker = home.worker_row()
+    home.store.tell_to_stop([worker], "finish")
+    same(home.store.claim(worker, None, q.now_ms()), None)
+    home.store.unregister(worker)
+    same(home.store.claim(worker, None, q.now_ms()), None)
+
+
+def test_finish_refuses_a_late_result(home: Home) -> None:
+    """A worker that was taken for dead cannot overwrite what came after."""
+    home.add(id="a")
+    late = home.claim(home.worker_row(), 1000)
+    same(home.store.finish(late, q.Outcome(q.End.LOST), q.Settings(), 2000), q.State.FAILED)
+    home.claim(home.worker_row(), 3000)
+    before = home.dump()
+    same((home.store.finish(late, exited(0), q.Settings(), 4000), home.dump()), (None, before))
+
+
+def test_dead_parent_takes_its_children_along_all_the_way_down(home: Home) -> None:
+    """When a job dies, what waits for it is dead with it at any depth, also what is enqueued later."""
+    home.add(id="a", max_retries=0)
+    for id, parents in (("b", ["a"]), ("c", ["b"]), ("d", ["b", "c"])):
+        home.add(id=id, after=parents)
+    home.store.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
+    home.add(id="e", after=["d"])
+    same([home.state(id) for id in "abcde"], ["dead"] * 5)
+    assert "waited for a" in str(home.job("d").error)
+
+
+def test_dlq_retry_brings_the_children_back(home: Home) -> None:
+    """Retrying a dead parent makes it and what died because of it pending, with no attempts made."""
+    home.add(id="a", max_retries=0)
+    home.add(id="b", after=["a"])
+    home.add(id="c", after=["b"])
+    worker = home.worker_row()
+    home.store.finish(home.claim(worker), exited(1), q.Settings(), 1)
+    home.store.retry_dead(q.Selection(["a"]), 2)
+    same([(home.state(id), home.job(id).attempts) for id in "abc"], [("pending", 0)] * 3)
+    for id in "abc":
+        job = home.claim(worker)
+        home.store.finish(job, exited(0), q.Settings(), 3)
+        same(job.id, id)
+
+
+def test_dlq_retry_of_a_child_alone_is_refused(home: Home) -> None:
+    """A job cannot come back from the dead before its parent does."""
+    home.add(id="a", max_retries=0)
+    home.add(id="b", after=["a"])
+    home.store.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
+    assert "waits for a" in home.fails("dlq", "retry", "b")
+
+
+def test_after_waits_for_every_parent(home: Home) -> None:
+    """A job starts only once all jobs that it names have completed."""
+    for id in "ab":
+        home.add(id=id)
+    home.add(id="c", after=["a", "b", "a"], priority=9)
+    worker = home.worker_row()
+    jobs = [home.claim(worker), home.claim(worker)]
+    for job in jobs:
+        same(home.store.claim(worker, None, q.now_ms()), None)
+        home.store.finish(job, exited(0), q.Settings(), 1)
+    same(home.claim(worker).id, "c")
+
+
+def test_after_refuses_unknown_jobs_and_itself(home: Home) -> None:
+    """A job cannot wait for one that is not there, nor for itself."""
+    with refuses(q.NotFound, "nowhere"):
+        home.add(after=["nowhere"])
+    with refuses(q.BadInput, "waits for it"):
+        home.add(id="a", after=["a"])
+    same(home.store.jobs(), [])
+
+
+def test_counts_equal_rows_whatever_happens(home: Home) -> None:
+    """After any mixture of changes the counters are what counting the rows gives."""
+    dice = random.Random(7)
+    worker = home.worker_row()
+    codes = [0, 1, 1, 75]
+    for n in range(300):
+        job = home.store.claim(worker, None, n * 10_000) if dice.random() < 0.6 else None
+        if job:
+            home.store.finish(job, exited(dice.choice(codes)), q.Settings(), n * 10_000)
+        else:
+            parents = [dice.choice(home.store.jobs()).id] if n > 5 and dice.random() < 0.3 else []
+            home.add(queue=dice.choice("xy"), after=parents, max_retries=1, snooze=dice.random() < 0.2)
+        if n % 50 == 49:
+            home.store.retry_dead(q.EVERY_JOB, n)
+            home.store.purge_dead(q.EVERY_JOB)
+    counters_equal_rows(home)
+
+
+def counters_equal_rows(home: Home) -> None:
+    """The counters and the counted parents are what the rows say."""
+    counted = home.sql("SELECT state, queue, count(*) FROM jobs GROUP BY state, queue ORDER BY state, queue")
+    same(home.sql("SELECT state, queue, n FROM counts WHERE n <> 0 ORDER BY state, queue"), counted)
+    wrong = home.sql("""SELECT id FROM jobs WHERE blockers <> (SELECT count(*) FROM dependencies
+        JOIN jobs AS parents ON parents.seq = parent WHERE child = jobs.seq AND parents.state <> 'completed')""")
+    same(wrong, [])
+
+
+def test_store_says_in_one_line_that_another_program_holds_it(home: Home) -> None:
+    """Where the database is held for longer than the patience, nothing is stored and nobody reads `locked`."""
+    home.add(id="a")
+    with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with q.Store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds", "nothing was"):
+            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}))], 1)
+        same([job["id"] for job in home.json("list")], ["a"])
+    same(len(home.store.jobs()), 1)
+
+
+def test_store_damaged_is_said_in_one_line(home: Home) -> None:
+    """A file that is no database is an error that says so."""
+    home.path.mkdir(mode=0o700)
+    (home.path / "queue.db").write_bytes(b"no database at all, whatever its name is" * 100)
+    for args in (["status"], ["worker", "start"]):
+        ran = home.run(*args, code=1)
+        assert re.fullmatch(r"Error: .*damaged.*\n", ran.err), ran.err
+
+
+def test_store_full_disk_is_said_in_one_line(home: Home) -> None:
+    """Where the disk is full, nothing is stored and the error says so."""
+    home.add()
+    home.store._db.execute(f"PRAGMA max_page_count = {home.sql('PRAGMA page_count')[0][0]}")
+    with refuses(q.StoreError, "full"):
+        home.add_all({"command": "x" * 100_000} for _ in range(3))
+    same(len(home.store.jobs()), 1)
+
+
+@alone
+def test_store_many_at_once_never_see_locked(home: Home) -> None:
+    """Many enqueuers beside busy workers all succeed, nobody reads `locked`, and every job runs."""
+    home.start(2)
+    many, each = (3, 5) if WINDOWS else (12, 25)
+    (home.work / "batch").write_text('{"command": "exit 0"}\n' * each)
+    processes = [home.popen("enqueue", "--file", "batch") for _ in range(many)]
+    same({(p.communicate(timeout=DEADLINE_S)[1], p.returncode) for p in processes}, {(b"", 0)})
+    until(lambda: home.store.counts()[q.State.COMPLETED] == many * each)
+    assert "locked" not in Path(home.home.worker_log).read_text()
+
+
+def test_enqueue_from_a_slow_pipe_keeps_nobody_waiting(home: Home) -> None:
+    """While a batch is still arriving on standard input, others can write."""
+    home.add()
+    process = home.popen("enqueue", "-", stdin=subprocess.PIPE)
+    assert process.stdin
+    process.stdin.write(b'{"command": "exit 0"}\n' * 20_000)  # more than a pipe holds: it is being read
+    process.stdin.flush()
+    try:
+        with q.Store(home.home.database, 3.0) as store:
+            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}))], 1)
+    finally:
+        process.communicate(timeout=DEADLINE_S)
+    same((process.returncode, len(home.store.jobs())), (0, 20_002))
+
+
+# ---- platform
+
+
+@posix
+def test_home_is_made_for_its_owner_alone(home: Home) -> None:
+    """Directories of a home are 0700 and its files 0600, whatever the umask."""
+    for mask in ("000", "077"):
+        root = home.root / mask
+        script = f'umask {mask}; "$@" enqueue -- "echo hi" >/dev/null && exec "$@" worker start'
+        env = home.env | {"QUEUECTL_HOME": str(root)}
+        own = Home()
+        own.path, own.env = root, env
+        try:
+            subprocess.run(["sh", "-c", script, "sh", *PROGRAM], env=env, check=True, stdout=subprocess.DEVNULL)
+            until(lambda own=own: own.store.counts()[q.State.COMPLETED])
+            found = {str(path.relative_to(root)): stat.S_IMODE(path.stat().st_mode) for path in root.rglob("*")}
+            found["."] = stat.S_IMODE(root.stat().st_mode)
+            wrong = {name: oct(mode) for name, mode in found.items()
+                     if mode != (0o700 if (root / name).is_dir() else 0o600)}  # fmt: skip
+            same((wrong, "job_logs/j0000001.log" in found, "worker.log" in found), ({}, True, True))
+        finally:
+            own.close()
+
+
+@posix
+def test_home_leaves_the_umask_of_jobs_alone(home: Home) -> None:
+    """What a job writes has the modes that its user's umask gives."""
+    (home.work / "x").mkdir()
+    subprocess.run(["sh", "-c", 'umask 027; exec "$@" worker start', "sh", *PROGRAM], env=home.env, check=True,
+                   cwd=home.work, stdout=subprocess.DEVNULL)  # fmt: skip
+    home.ended(home.add("echo x > made"))
+    same(oct((home.work / "made").stat().st_mode & 0o777), "0o640")
+
+
+@posix
+def test_home_that_others_can_write_to_is_refused(home: Home) -> None:
+    """A home that is open to the group or to all is refused with the command that closes it."""
+    home.path.mkdir()
+    for mode in (0o770, 0o707, 0o722):
+        home.path.chmod(mode)
+        ran = home.run("enqueue", "--", "exit 0", code=1)
+        assert re.fullmatch(r"Error: .*chmod go-w.*\n", ran.err), ran.err
+        same(list(home.path.iterdir()), [])
+
+
+def test_home_that_cannot_be_is_said_in_one_line(home: Home) -> None:
+    """Where a home cannot be made, the error names the directory and the variable."""
+    home.path.write_text("a file")
+    ran = home.run("enqueue", "--", "exit 0", code=1)
+    assert re.fullmatch(r"Error: .*QUEUECTL_HOME.*\n", ran.err), ran.err
+
+
+def test_home_is_dot_queuectl_by_default(home: Home) -> None:
+    """Without QUEUECTL_HOME the home is `.queuectl` in the user's directory."""
+    env = {k: v for k, v in home.env.items() if k != "QUEUECTL_HOME"} | {n: str(home.root) for n in ("HOME", "USERPROFILE")}
+    subprocess.run([*PROGRAM, "enqueue", "--", "exit 0"], env=env, check=True, stdout=subprocess.DEVNULL)
+    assert (home.root / ".queuectl" / "queue.db").exists()
+
+
+def test_homes_never_see_each_other(home: Home) -> None:
+    """Jobs, configuration and workers of one home do not exist for another."""
+    other = {"QUEUECTL_HOME": str(home.root / "other")}
+    home.add(id="a")
+    home.store.configure("max_retries", 9)
+    home.start()
+    home.ended("a")
+    same([home.json("list", env=other), home.json("worker", "list", env=other)], [[], []])
+    same(home.out("config", "get", "max_retries", env=other), "3\n")
+    home.out("worker", "stop", "--now", env=other)
+    same(len(q.living_workers(home.home, home.store)), 1)
+
+
+def test_bell_is_heard_exactly_as_long_as_its_worker_lives(home: Home) -> None:
+    """A worker is alive until its process ends, however it ends; a number nobody has is dead."""
+    (row,) = home.start()
+    same([q.is_alive(home.home, row.id), q.is_alive(home.home, row.id + 1)], [True, False])
+    home.kill_workers()
+    same([q.is_alive(home.home, row.id), q.ring(home.home, row.id)], [False, False])
+
+
+def test_platform_never_signals_what_it_did_not_start(home: Home) -> None:
+    """A dead worker's process id that has gone to another process is never used against it."""
+    innocent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        home.add(id="a")
+        home.claim(home.worker_row(innocent.pid))
+        home.start()
+        same((home.ended("a").state.value, home.job("a").attempts), ("completed", 2))
+        home.run("worker", "stop", "--now")
+        same(innocent.poll(), None)
+    finally:
+        innocent.communicate(b"\n")
+
+
+# ---- running
+
+
+def test_log_has_the_output_byte_for_byte_and_in_order(home: Home) -> None:
+    """Standard output and error go to the log as they come, whatever the bytes."""
+    script = "import os\nfor n in range(200): os.write(1 + n % 2, bytes([n + 56, 0, 10, 13, 255, n]))"
+    home.add([sys.executable, home.script("bytes.py", script)], id="a")
+    home.start()
+    same(home.ended("a").error, None)
+    wanted = b"".join(bytes([n + 56, 0, 10, 13, 255, n]) for n in range(200))
+    same((home.log("a"), home.run("logs", "--raw", "a").raw), (wanted, wanted))
+
+
+def test_log_is_appended_to_with_a_separator(home: Home) -> None:
+    """A retry adds to the log after one line that names the attempt."""
+    home.add("echo out&& exit 1", id="a", max_retries=2, backoff_base=0.01)
+    home.start()
+    home.ended("a")
+    lines = home.log("a").decode().split()
+    same((lines.count("out"), len(home.log("a").splitlines()), b"attempt 2" in home.log("a")), (3, 5, True))
+
+
+def test_log_that_cannot_be_opened_fails_the_attempt(home: Home) -> None:
+    """Where the log cannot be opened the attempt fails with its reason, and the worker goes on."""
+    Path(home.home.log("a")).mkdir(parents=True)
+    home.add(id="a", max_retries=0)
+    home.add(id="b")
+    home.start()
+    assert "cannot open its log" in str(home.ended("a").error)
+    same(home.ended("b").state.value, "completed")
+
+
+@posix
+def test_log_may_be_limited(home: Home) -> None:
+    """With `log_max_bytes` what goes beyond is dropped and the log says so, while the job runs on."""
+    home.store.configure("log_max_bytes", 1000)
+    home.add("yes | head -c 300000; echo end", id="a")
+    home.start()
+    same(home.ended("a").state.value, "completed")
+    assert len(home.log("a")) < 1200 and b"dropped" in home.log("a"), len(home.log("a"))
+
+
+def test_command_sees_what_the_contract_names(home: Home) -> None:
+    """A command finds its id, attempt, queue, home and slot in its environment, and its input empty."""
+    home.add([sys.executable, home.script("tell.py", TELL)], id="a", queue="q", env={"OWN": "vä=l"})
+    home.start()
+    home.ended("a")
+    _, where, env, given = json.loads(home.log("a"))
+    found = {k: v for k, v in env.items() if k.startswith("QUEUECTL_") and k != q.MARK}
+    same(found, {"QUEUECTL_JOB_ID": "a", "QUEUECTL_ATTEMPT": "1", "QUEUECTL_QUEUE": "q", "QUEUECTL_SLOT": "1",
+                 "QUEUECTL_HOME": str(home.path)})  # fmt: skip
+    same((env["OWN"], given, os.path.realpath(where)), ("vä=l", "", str(home.work)))
+
+
+def test_command_attempt_number_rises(home: Home) -> None:
+    """QUEUECTL_ATTEMPT is the number of the attempt."""
+    number = "%QUEUECTL_ATTEMPT%" if WINDOWS else "$QUEUECTL_ATTEMPT"
+    home.add(f"echo no {number}&& exit 1", id="a", max_retries=1, backoff_base=0.01)
+    home.start()
+    home.ended("a")
+    same(re.findall(rb"no (\d)", home.log("a")), [b"1", b"2"])
+
+
+def test_command_as_a_list_has_no_shell_between(home: Home) -> None:
+    """The list form hands on spaces, quotes and what shells would take, word for word."""
+    words = ["a b", 'say "hi"', "it's", "$HOME %PATH% `x` && | > ;", "", "back\\slash\\", "tail\\ \\\\", "*", "ü"]
+    home.run("enqueue", "--id", "a", "--", sys.executable, home.script("tell.py", TELL), *words)
+    home.start()
+    home.ended("a")
+    same(json.loads(home.log("a"))[0], words)
+
+
+@posix
+def test_command_as_a_string_is_a_line_for_the_shell(home: Home) -> None:
+    """The string form goes to /bin/sh, with pipes, quotes and variables."""
+    home.add("X='a  b'; echo \"$X\" | tr ab xy; readlink /proc/$$/exe 2>/dev/null | grep -c . >&2; exit 0", id="a")
+    home.start()
+    same((home.ended("a").state.value, home.log("a").startswith(b"x  y\n")), ("completed", True))
+
+
+@windows
+def test_command_as_a_string_is_a_line_for_cmd(home: Home) -> None:
+    """The string form goes to cmd.exe as it was typed: quotes, && and a quoted program with spaces."""
+    (home.work / "a dir").mkdir()
+    (home.work / "a dir" / "say it.bat").write_text("@echo [%~1]\r\n")
+    home.add('"a dir\\say it.bat" "x & y" && echo "two  spaces"', id="a")
+    home.start()
+    same((home.ended("a").error, home.log("a").split(b"\r\n")[:2]), (None, [b"[x & y]", b'"two  spaces"']))
+
+
+def test_cwd_is_where_enqueue_was_called(home: Home) -> None:
+    """A job runs in its `cwd`, by default in the directory that `enqueue` was called in."""
+    (home.work / "sub").mkdir()
+    show = "cd" if WINDOWS else "pwd -P"
+    home.run("enqueue", "--id", "a", "--", show)
+    home.run("enqueue", json.dumps({"id": "b", "command": show, "cwd": "sub"}))
+    home.start(cwd=home.root)
+    home.ended("a"), home.ended("b")
+    same([home.log(id).decode().strip() for id in "ab"], [str(home.work), str(home.work / "sub")])
+
+
+def test_cwd_that_is_gone_fails_the_attempt(home: Home) -> None:
+    """Where the directory is gone the attempt fails with that reason, and the worker goes on."""
+    home.add(id="a", cwd=str(home.work / "gone"), max_retries=0)
+    home.add(id="b")
+    home.start()
+    assert "gone" in str(home.ended("a").error)
+    same(home.ended("b").state.value, "completed")
+
+
+def test_program_that_is_missing_fails_the_attempt(home: Home) -> None:
+    """A program that is not there is exit code 127 with its name."""
+    home.add(["no-such-program", "x"], id="a", max_retries=0)
+    home.start()
+    job = home.ended("a")
+    same((job.exit_code, "no-such-program" in str(job.error)), (127, True))
+
+
+@posix
+def test_signal_fails_the_attempt_and_is_kept(home: Home) -> None:
+    """A command that a signal ends has failed, and its history says which one."""
+    home.add("kill -SEGV $$", id="a", max_retries=0)
+    home.start()
+    home.ended("a")
+    (attempt,) = home.history("a")
+    same((attempt.exit_code, attempt.signal, attempt.error), (None, int(signal.SIGSEGV), "ended by SIGSEGV"))
+
+
+def test_history_has_what_an_attempt_cost(home: Home) -> None:
+    """Peak memory and CPU time of every attempt are kept."""
+    script = "import time\nx = b'x' * (80 << 20)\nwhile time.process_time() < 0.3: pass"
+    home.add([sys.executable, home.script("burn.py", script)], id="a")
+    home.start()
+    same(home.ended("a").error, None)
+    (attempt,) = home.json("show", "a")["history"]
+    assert 0.2 < attempt["cpu_seconds"] < 30, attempt
+    assert WINDOWS or 80 << 20 <= attempt["max_rss_bytes"] < 2 << 30, attempt
+
+
+@posix
+def test_background_process_is_left_alone(home: Home) -> None:
+    """What a command leaves running when it has ended by itself goes on, whatever comes of its worker."""
+    home.add("sleep 600 >/dev/null 2>&1 & echo $! > pid", id="a")
+    home.start()
+    same(home.ended("a").state.value, "completed")
+    pid = int(home.text("pid"))
+    home.ended(home.add("exec sleep 600", timeout=0.05, max_retries=0))
+    same(is_running(pid), True)
+    home.run("worker", "stop", "--now")
+    same(is_running(pid), True)
+
+
+@posix
+def test_timeout_ends_a_deaf_child_in_another_session(home: Home) -> None:
+    """At its time-out an attempt is ended whole: also a child that ignores SIGTERM and left its session."""
+    home.store.configure("kill_grace", 0.2)
+    deaf = f"{shlex.quote(sys.executable)} {home.script('deaf.py', DEAF)} pids"
+    home.add(f"{deaf} & while [ ! -s pids ]; do sleep 0.02; done; echo up; trap '' TERM; sleep 600 & wait; wait",
+             id="a", timeout=3, max_retries=0)  # fmt: skip
+    home.start()
+    job = home.ended("a")
+    same((job.state.value, "timed out" in str(job.error), job.exit_code), ("dead", True, None))
+    (pid,) = map(int, home.lines("pids"))
+    same(is_running(pid), False)
+
+
+@windows
+def test_timeout_ends_the_tree(home: Home) -> None:
+    """At its time-out an attempt is ended whole: also a child of its child."""
+    script = "import subprocess\nprint(subprocess.Popen(['ping', '-n', '600', '127.0.0.1'], stdout=-3).pid, flush=True)"
+    home.script("tree.py", script + "\nimport time\ntime.sleep(600)")
+    home.add(f'"{sys.executable}" tree.py', id="a", timeout=8, max_retries=0)
+    home.start()
+    assert "timed out" in str(home.ended("a").error)
+    same(is_running(int(home.log("a"))), False)
+
+
+def test_timeout_of_a_job_goes_before_the_setting(home: Home) -> None:
+    """A job's own `timeout` counts, 0 for none; others have the setting."""
+    home.store.configure("job_timeout", 0.3)
+    home.store.configure("max_retries", 0)
+    home.add(sleeping(1), id="free", timeout=0)
+    home.add(sleeping(600), id="bound")
+    home.start()
+    same((home.ended("free").state.value, home.ended("bound").state.value), ("completed", "dead"))
+    assert "0.3 s" in str(home.job("bound").error)
+
+
+# ---- worker: the scenarios of the request
+
+
+def test_scenario_successful_job(home: Home) -> None:
+    """A job that succeeds moves to `completed`."""
+    home.run("enqueue", '{"id":"job_ok","command":"echo hello","max_retries":2}')
+    home.start()
+    home.ended("job_ok")
+    job = home.json("show", "job_ok")
+    same((job["state"], job["attempts"], job["exit_code"], job["error"]), ("completed", 1, 0, None))
+    same(home.log("job_ok").split(), [b"hello"])
+
+
+def test_scenario_failed_job(home: Home) -> None:
+    """A job that fails is retried after base ** n seconds each time, and then moves to `dead`."""
+    home.run("enqueue", '{"id":"job_fail","command":"nonexistent_cmd","max_retries":2,"backoff_base":0.3}')
+    home.start()
+    job = home.ended("job_fail")
+    tries = home.history("job_fail")
+    same((job.state.value, job.attempts, [a.number for a in tries]), ("dead", 3, [1, 2, 3]))
+    same({a.exit_code for a in tries}, {9009 if WINDOWS and tries[0].exit_code == 9009 else 1 if WINDOWS else 127})
+    for n in (1, 2):
+        assert tries[n].started_at - tries[n - 1].ended_at >= round(0.3**n * 1000), tries
+
+
+def test_scenario_dlq_retry(home: Home) -> None:
+    """A dead job that is retried moves back to `pending` with no attempts made, and runs again."""
+    home.add("exit 1", id="a", max_retries=1, backoff_base=0.01)
+    home.start()
+    home.ended("a")
+    home.run("worker", "stop")
+    same([job["id"] for job in home.json("dlq", "list")], ["a"])
+    home.run("dlq", "retry", "a")
+    same((home.state("a"), home.job("a").attempts), ("pending", 0))
+    home.start()
+    same((home.ended("a").state.value, home.job("a").attempts, len(home.history("a"))), ("dead", 2, 4))
+
+
+def test_scenario_restart_workers(home: Home) -> None:
+    """Jobs that are pending when workers stop are run by those that start later."""
+    home.start()
+    home.ended(home.add())
+    home.run("worker", "stop")
+    home.add(id="later")
+    home.start()
+    same(home.ended("later").state.value, "completed")
+
+
+@alone
+def test_scenario_multiple_workers(home: Home) -> None:
+    """Workers run in parallel and no job twice."""
+    workers = 2 if WINDOWS else 4
+    other = "import os, sys, time\nopen(sys.argv[1], 'w').close()\n"
+    other += "while len([n for n in os.listdir('.') if n.startswith('here')]) < int(sys.argv[2]): time.sleep(0.02)"
+    script = home.script("meet.py", other)  # ends only once all are there at the same time
+    ids = [home.add([sys.executable, script, f"here{n}", str(workers)], timeout=0) for n in range(workers)]
+    home.start(workers)
+    jobs = [home.ended(id) for id in ids]
+    same(([job.attempts for job in jobs], len({job.worker for job in jobs})), ([1] * workers, workers))
+
+
+def test_scenario_persistence(home: Home) -> None:
+    """Jobs and configuration survive restarts and a kill -9 of everything."""
+    (id,) = home.out("enqueue", "--priority", "3", "--", "exit 0").split()
+    home.run("config", "set", "max_retries", "7")
+    home.run("config", "set", "job_timeout", "0")
+    home.add(sleeping(600), id="long", priority=9, on_lost="dead")
+    home.start()
+    home.until_state("long", "processing")
+    home.kill_workers()
+    same((home.json("show", id)["priority"], home.out("config", "get", "max-retries")), (3, "7\n"))
+    home.start()
+    same((home.ended(id).state.value, home.ended("long").state.value), ("completed", "dead"))
+
+
+def test_scenario_timeout(home: Home) -> None:
+    """A job that runs longer than `job_timeout` is terminated, retried and then dead."""
+    home.run("config", "set", "job_timeout", "0.3")
+    home.add(sleeping(600), id="a", max_retries=1, backoff_base=0.05)
+    home.start()
+    job = home.ended("a")
+    same((job.state.value, job.attempts), ("dead", 2))
+    assert all("timed out after 0.3 s" in str(a.error) for a in home.history("a"))
+
+
+def test_scenario_priority(home: Home) -> None:
+    """Jobs of high priority are executed first."""
+    for name, priority in (("a", 1), ("b", 5), ("c", -5), ("d", 5), ("e", 0)):
+        home.add(f"echo {name}>> order", priority=priority)
+    home.start()
+    until(lambda: home.store.counts()[q.State.COMPLETED] == 5)
+    same([line.strip() for line in home.lines("order")], ["b", "d", "a", "e", "c"])
+
+
+# ---- worker
+
+
+def test_worker_waits_for_the_time_of_a_job(home: Home) -> None:
+    """A delayed job, by `run_at` or `delay`, starts only when its time has come, others meanwhile."""
+    now = time.time()
+    home.run("enqueue", json.dumps({"id": "at", "command": "exit 0", "run_at": now + 1.5}))
+    home.run("enqueue", "--id", "delay", "--delay", "1500ms", "--", "exit 0")
+    home.run("enqueue", "--id", "year", "--run-at", "2099-01-01", "--", "exit 0")
+    home.add(id="now")
+    home.start()
+    for id in ("now", "at", "delay"):
+        job = home.ended(id)
+        assert job.started_at and job.started_at >= (job.run_at or 0), job
+    same([home.state("year"), home.job("at").run_at], ["pending", round((now + 1.5) * 1000)])
+    assert (home.job("now").started_at or 0) < (home.job("delay").started_at or 0)
+
+
+def test_worker_keeps_a_held_job_until_release(home: Home) -> None:
+    """A job on hold is passed over until it is released."""
+    home.run("enqueue", "--id", "a", "--hold", "--priority", "9", "--", "exit 0")
+    home.start()
+    home.ended(home.add())
+    same((home.state("a"), home.json("show", "a")["reason"]), ("pending", "on hold"))
+    home.run("release", "a")
+    same(home.ended("a").state.value, "completed")
+
+
+def test_worker_runs_a_chain_in_order(home: Home) -> None:
+    """A job that waits for others starts once these have completed, across several workers."""
+    for id, parents in (("a", []), ("b", ["a"]), ("c", ["a"]), ("d", ["b", "c"])):
+        home.add(f"echo {id}>> order", id=id, after=parents)
+    home.start(2)
+    home.ended("d")
+    order = "".join(line.strip() for line in home.lines("order"))
+    assert order in ("abcd", "acbd"), order
+
+
+def test_worker_ok_codes_no_retry_codes_and_snooze(home: Home) -> None:
+    """Exit codes are judged as the job says."""
+    home.add("exit 3", id="ok", ok_codes=[3])
+    home.add("exit 4", id="final", no_retry_codes=[4])
+    home.add("if not exist x (echo x> x& exit 75)" if WINDOWS else "[ -e x ] || { touch x; exit 75; }", id="snooze",
+             snooze=True, backoff_base=0.05, max_retries=0)  # fmt: skip
+    home.start()
+    same([(home.ended(id).state.value, home.job(id).attempts) for id in ("ok", "final", "snooze")],
+         [("completed", 1), ("dead", 1), ("completed", 1)])  # fmt: skip
+    same(len(home.history("snooze")), 2)
+
+
+def test_worker_a_job_can_enqueue_more(home: Home) -> None:
+    """A job finds the home in its environment and can enqueue into it."""
+    home.add([*PROGRAM, "enqueue", "--id", "child", "--", "echo child"], id="parent")
+    home.start()
+    same(home.ended("parent").error, None)
+    same((home.ended("child").state.value, home.log("child").split()), ("completed", [b"child"]))
+
+
+def test_worker_takes_a_changed_setting_with_the_next_job(home: Home) -> None:
+    """A change of the configuration reaches workers that run."""
+    home.start()
+    home.ended(home.add())
+    home.run("config", "set", "job-timeout", "300ms")
+    home.run("config", "set", "max_retries", "0")
+    job = home.ended(home.add(sleeping(600)))
+    same((job.state.value, job.attempts), ("dead", 1))
+    home.run("config", "unset", "max_retries")
+    home.run("config", "set", "backoff_base", "0.01")
+    same(home.ended(home.add("exit 1")).attempts, 4)
+
+
+@alone
+def test_worker_2000_jobs_run_once_each(home: Home) -> None:
+    """With four workers each of 2,000 jobs runs once, none is lost, and the counters equal the rows."""
+    count = 40 if WINDOWS else 2000
+    ids = home.add_all({"command": "exit 0" if WINDOWS else "echo $QUEUECTL_JOB_ID >> ran"} for _ in range(count))
+    home.start(2 if WINDOWS else 4)
+    until(lambda: home.store.counts()[q.State.COMPLETED] == count)
+    same(home.sql("SELECT count(*), min(n), max(n), count(DISTINCT job) FROM attempts"), [(count, 1, 1, count)])
+    if not WINDOWS:
+        same(sorted(home.lines("ran")), sorted(ids))
+    counters_equal_rows(home)
+    ran = home.run("worker", "stop")
+    assert "locked" not in ran.out + ran.err + Path(home.home.worker_log).read_text()
+
+
+@alone
+def test_worker_kill_9_of_all_changes_only_the_attempts_of_their_jobs(home: Home) -> None:
+    """After a kill -9 of every worker in the middle, new ones run all jobs; only those in hand have one attempt more."""
+    kill_all_in_the_middle(home, 24 if WINDOWS else 200, rounds=10 if LONG else 1)
+
+
+def kill_all_in_the_middle(home: Home, count: int, rounds: int) -> None:
+    """Run jobs that say start and end, kill all workers so many times, and look at every log."""
+    command = f"echo start& {sleeping(1)}& echo end" if WINDOWS else "echo start; sleep 0.05; echo end"
+    lost: collections.Counter[str] = collections.Counter()
+    for _ in range(rounds):
+        ids = home.add_all({"command": command, "max_retries": 9} for _ in range(count))
+        home.start(2 if WINDOWS else 4)
+        done = home.store.counts()[q.State.COMPLETED]
+        until(lambda done=done: home.store.counts()[q.State.COMPLETED] > done + count // 4)
+        home.kill_workers()
+        lost.update(job.id for job in home.store.jobs(states=["processing"]))
+        home.start(2 if WINDOWS else 4)
+        until(lambda: home.store.counts()[q.State.COMPLETED] == len(home.store.jobs()))
+        home.run("worker", "stop")
+    for job in home.store.jobs():
+        same((job.id, job.attempts), (job.id, 1 + lost[job.id]))
+        tries = re.split(r"--- attempt.*\n", home.log(job.id).decode())
+        same((len(tries), [t.split() for t in tries][-1]), (1 + lost[job.id], ["start", "end"]))
+        assert all(t.split() in ([], ["start"], ["start", "end"]) for t in tries), tries
+    assert sum(lost.values()) >= rounds and ids
+    counters_equal_rows(home)
+
+
+@posix
+@alone
+def test_worker_killed_its_deaf_child_is_ended_before_the_job_starts_again(home: Home) -> None:
+    """A killed worker's job starts again within 5 seconds, and only after its TERM-deaf child has been ended."""
+    home.script("deaf.py", DEAF)
+    script = """
+import os, subprocess, sys, time
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+def say(word):
+    with open("lines", "a") as file:
+        file.write(f"{word} {os.environ['QUEUECTL_ATTEMPT']} {time.time()}\\n")
+say("start")
+if os.path.exists("pids"):
+    say("beside" if any(alive(int(pid)) for pid in open("pids")) else "free")
+else:
+    subprocess.Popen([sys.executable, "deaf.py", "pids"])
+    time.sleep(600)
+say("end")
+"""
+    home.add([sys.executable, home.script("job.py", script)], id="a", timeout=0)
+    rows = home.start(2)
+    (pid,) = map(int, until(lambda: home.lines("pids")))
+    first = home.job("a").worker
+    os.kill(next(row.pid for row in rows if row.id == first), signal.SIGKILL)
+    killed = time.time()
+    home.ended("a")
+    words = [line.split() for line in home.lines("lines")]
+    same([word[:2] for word in words], [["start", "1"], ["start", "2"], ["free", "2"], ["end", "2"]])
+    assert float(words[1][2]) - killed < 5, words
+    lost = home.history("a")[0]
+    same((is_running(pid), home.job("a").attempts, f"worker {first} died" in str(lost.error)), (False, 2, True))
+
+
+@windows
+def test_worker_killed_its_job_is_ended_and_starts_again(home: Home) -> None:
+    """A killed worker's job is ended with its children, then it starts again."""
+    script = "import os, subprocess, time\nagain = os.path.exists('pid')\nif not again:\n"
+    script += "    child = subprocess.Popen(['ping', '-n', '600', '127.0.0.1'], stdout=-3)\n"
+    script += "    open('pid', 'w').write(f'{child.pid}\\n')\n    time.sleep(600)"
+    home.add([sys.executable, home.script("job.py", script)], id="a", timeout=0)
+    home.start()
+    (pid,) = map(int, until(lambda: home.lines("pid")))
+    home.kill_workers()
+    home.start()
+    same((home.ended("a").attempts, is_running(pid)), (2, False))
+
+
+@posix
+def test_worker_killed_what_cleared_its_environment_is_ended_too(home: Home) -> None:
+    """A child of a killed worker's job that wears no mark any more, but writes to the log, is ended."""
+    home.add("if [ -e pid ]; then exit 0; fi; env -i setsid sh -c 'echo $$ > pid; exec sleep 600' & wait; wait", id="a",
+             timeout=0)  # fmt: skip
+    home.start()
+    pid = int(until(lambda: home.lines("pid"))[0])
+    home.kill_workers()
+    home.start()
+    same((home.ended("a").attempts, is_running(pid)), (2, False))
+
+
+def test_worker_that_its_jobs_kill_ends_with_the_job_dead(home: Home) -> None:
+    """A job that kills its worker each time is dead after its retries, not in a loop."""
+    script = "import os, signal\nos.kill(int(open('pid').read()), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+    home.add([sys.executable, home.script("killer.py", script + "input()")], id="a", max_retries=1, hold=True)
+    for n in (1, 2):
+        (row,) = [row for row in home.start() if q.is_alive(home.home, row.id)]
+        (home.work / "pid").write_text(str(row.pid))
+        if n == 1:
+            home.store.set_hold(q.Selection(["a"]), False, q.now_ms())
+        until(lambda row=row: not q.is_alive(home.home, row.id))
+    home.start()
+    same((home.ended("a").state.value, home.job("a").attempts, len(home.history("a"))), ("dead", 2, 2))
+
+
+def test_worker_killed_job_that_must_not_run_twice_is_dead(home: Home) -> None:
+    """With `on_lost` `dead` a lost attempt is the last."""
+    home.add(("echo x>> ran& " if WINDOWS else "echo x >> ran; ") + sleeping(600), id="a", on_lost="dead", timeout=0)
+    home.start()
+    until(lambda: home.lines("ran"))
+    home.kill_workers()
+    home.start()
+    job = home.ended("a")
+    same((job.state.value, job.attempts, "died" in str(job.error), len(home.lines("ran"))), ("dead", 1, True, 1))
+
+
+@posix
+def test_worker_that_is_stopped_is_not_dead(home: Home) -> None:
+    """However long a worker stands still, its job is not taken away, and runs once."""
+    home.add("echo x >> ran; while [ ! -e go ]; do sleep 0.02; done", id="a", timeout=0)
+    (row,) = home.start()
+    until(lambda: home.lines("ran"))
+    os.kill(row.pid, signal.SIGSTOP)
+    try:
+        home.start()
+        home.ended(home.add("sleep 3"))  # longer than the others wait before they look for the dead
+        same(home.state("a"), "processing")
+        (home.work / "go").touch()
+    finally:
+        os.kill(row.pid, signal.SIGCONT)
+    same((home.ended("a").state.value, home.job("a").attempts, home.lines("ran")), ("completed", 1, ["x"]))
+
+
+@posix
+def test_worker_keeps_its_result_while_another_program_holds_the_database(home: Home) -> None:
+    """A worker that cannot record tries on, never runs the command again for it, and says so in its log."""
+    home.add("echo x >> ran; while [ ! -e go ]; do sleep 0.02; done", id="a", timeout=0)
+    home.start()
+    until(lambda: home.lines("ran"))
+    with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        (home.work / "go").touch()
+        until(lambda: "another program holds" in Path(home.home.worker_log).read_text())
+        other.execute("ROLLBACK")
+    same((home.ended("a").state.value, home.job("a").attempts, home.lines("ran")), ("completed", 1, ["x"]))
+
+
+@posix
+def test_worker_leaves_when_its_home_is_gone(home: Home) -> None:
+    """Workers of a home that was removed end by themselves."""
+    rows = home.start(2)
+    home.store.close()
+    shutil.rmtree(home.path)
+    until(lambda: not any(is_running(row.pid) for row in rows))
+
+
+# ---- workers
+
+
+def test_workers_are_up_when_start_returns(home: Home) -> None:
+    """`worker start --count N` returns with N workers listening, in the lowest free slots."""
+    count = 2 if WINDOWS else 3
+    home.start(count)
+    rows = home.json("worker", "list")
+    same(([row["slot"] for row in rows], {row["state"] for row in rows}), ([*range(1, count + 1)], {"idle"}))
+
+
+def test_workers_list_has_the_fields_of_the_contract(home: Home) -> None:
+    """`worker list --json` gives id, pid, host, slot, state, job, queues and since."""
+    home.add(sleeping(600), id="a", timeout=0, queue="q")
+    (row,) = home.start(1, "--queue", "q", "--queue", "r")
+    home.until_state("a", "processing")
+    (found,) = home.json("worker", "list")
+    same(set(found), {"id", "pid", "host", "slot", "state", "job", "queues", "since"})
+    same((found["pid"], found["slot"], found["state"], found["job"], found["queues"]), (row.pid, 1, "busy", "a", ["q", "r"]))
+    assert re.fullmatch(TIME, found["since"]) and is_running(found["pid"])
+
+
+def test_workers_slot_of_the_dead_is_free_again(home: Home) -> None:
+    """A new worker gets the lowest slot that no other live worker holds."""
+    rows = home.start(2)
+    os.kill(rows[0].pid, KILL)
+    until(lambda: not q.is_alive(home.home, rows[0].id))
+    home.start()
+    same(sorted(row.slot for row in q.living_workers(home.home, home.store)), [1, 2])
+
+
+def test_workers_take_only_the_queues_that_they_are_for(home: Home) -> None:
+    """A worker for some queues passes over the others, and `show` says why they wait."""
+    home.add(id="other", queue="slow", priority=9)
+    home.start(1, "--queue", "fast")
+    home.ended(home.add(queue="fast"))
+    same((home.state("other"), home.json("show", "other")["reason"]), ("pending", "no worker takes queue slow"))
+
+
+def test_workers_stop_lets_the_job_finish(home: Home) -> None:
+    """`worker stop` waits until each worker has finished its job and left."""
+    home.add(sleeping(1), id="a")
+    home.add(id="b")
+    home.start()
+    home.until_state("a", "processing")
+    home.run("worker", "stop")
+    same((home.state("a"), home.state("b"), home.store.workers()), ("completed", "pending", []))
+
+
+def test_workers_stop_now_gives_the_job_back_uncounted(home: Home) -> None:
+    """`worker stop --now` ends the job and makes it pending, the attempt not counted."""
+    home.add(sleeping(600), id="a", timeout=0)
+    home.start()
+    home.until_state("a", "processing")
+    home.run("worker", "stop", "--now")
+    same((home.state("a"), home.job("a").attempts, home.store.workers()), ("pending", 0, []))
+    assert "given back" in str(home.history("a")[0].error)
+
+
+@posix
+def test_workers_stop_now_ends_the_whole_tree(home: Home) -> None:
+    """`worker stop --now` also ends a deaf child in another session."""
+    home.store.configure("kill_grace", 0.1)
+    home.add(f"{shlex.quote(sys.executable)} {home.script('deaf.py', DEAF)} pids & wait", id="a", timeout=0)
+    home.start()
+    (pid,) = map(int, until(lambda: home.lines("pids")))
+    home.run("worker", "stop", "--now")
+    same((is_running(pid), home.state("a")), (False, "pending"))
+
+
+def test_workers_stop_says_who_is_still_there(home: Home) -> None:
+    """Where a worker is still there at the time-out the exit code is 1, and it is `stopping`."""
+    home.add(sleeping(600), id="a", timeout=0)
+    home.start()
+    home.until_state("a", "processing")
+    ran = home.run("worker", "stop", "--timeout", "0.1s", code=1)
+    assert "1 of 1" in ran.err and "--now" in ran.err, ran.err
+    same(home.json("worker", "list")[0]["state"], "stopping")
+    same(home.json("status")["workers"], {"total": 1, "idle": 0, "busy": 0, "stopping": 1})
+
+
+def test_workers_stop_without_any_is_done(home: Home) -> None:
+    """Stopping where nobody runs is no error."""
+    home.run("worker", "stop")
+
+
+@posix
+def test_workers_first_sigterm_finishes_the_job(home: Home) -> None:
+    """A worker that gets SIGTERM finishes its job and leaves."""
+    home.add("while [ ! -e go ]; do sleep 0.02; done", id="a", timeout=0)
+    home.add(id="b")
+    (row,) = home.start()
+    home.until_state("a", "processing")
+    os.kill(row.pid, signal.SIGTERM)
+    (home.work / "go").touch()
+    until(lambda: not home.store.workers())
+    same((home.state("a"), home.state("b"), home.job("a").attempts), ("completed", "pending", 1))
+
+
+@posix
+def test_workers_second_sigterm_gives_the_job_back(home: Home) -> None:
+    """A worker that gets SIGTERM twice gives its job back as pending, the attempt not counted."""
+    home.add("exec sleep 600", id="a", timeout=0)
+    (row,) = home.start()
+    home.until_state("a", "processing")
+
+    def gone() -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(row.pid, signal.SIGTERM)  # two that come together may be one
+        return not home.store.workers()
+
+    until(gone)
+    same((home.state("a"), home.job("a").attempts), ("pending", 0))
+
+
+@posix
+def test_workers_foreground_stays_until_told(home: Home) -> None:
+    """`--foreground` is one worker that stays, says what it does, and leaves on SIGINT or SIGTERM with 0."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = home.popen("worker", "start", "--foreground")
+        home.ended(home.add())
+        process.send_signal(number)
+        process.communicate(timeout=DEADLINE_S)
+        same(process.returncode, 0)
+    same(home.store.workers(), [])
+    assert "one worker" in home.fails("worker", "start", "--foreground", "--count", "2", code=2)
+
+
+@posix
+def test_workers_outlive_the_terminal(home: Home) -> None:
+    """A worker has a session of its own, and a hangup does not end it."""
+    (row,) = home.start()
+    assert os.getsid(row.pid) == row.pid != os.getsid(0)
+    os.kill(row.pid, signal.SIGHUP)
+    same(home.ended(home.add()).state.value, "completed")
+
+
+@posix
+def test_workers_do_not_keep_what_their_starter_had_open(home: Home) -> None:
+    """A pipe or lock of the script that starts a worker is not held by it."""
+    reader, writer = os.pipe()
+    try:
+        home.start(1, pass_fds=[writer])
+        os.close(writer)
+        home.ended(home.add())
+        same(os.read(reader, 1), b"")
+    finally:
+        os.close(reader)
+
+
+@posix
+def test_workers_started_by_a_job_are_not_of_its_attempt(home: Home) -> None:
+    """A worker that a job starts lives on when what the job left is ended; it even sees to that."""
+    home.add(f"{shlex.join(PROGRAM)} worker start && exec sleep 600", id="a", timeout=0, on_lost="dead")
+    (first,) = home.start()
+    until(lambda: len(home.store.workers()) == 2)
+    os.kill(first.pid, signal.SIGKILL)
+    same(home.ended("a").state.value, "dead")
+    same(home.ended(home.add()).state.value, "completed")
+    same(len(q.living_workers(home.home, home.store)), 1)
+
+
+def test_worker_log_says_what_matters_and_not_a_line_a_job(home: Home) -> None:
+    """worker.log tells of starting, recovering and leaving, not of every job."""
+    home.add_all({"command": "exit 0"} for _ in range(5))
+    home.start()
+    until(lambda: home.store.counts()[q.State.COMPLETED] == 5)
+    home.run("worker", "stop")
+    text = Path(home.home.worker_log).read_text()
+    same((len(text.splitlines()), "started" in text, "left" in text), (2, True, True))
+
+
+# ---- views
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+
+
+def test_why_waiting_names_every_reason() -> None:
+    """What keeps a job from running is named, the nearest obstacle first, with the command that helps."""
+    here = q.Obstacles([], False, None, 0, [a_worker()])
+    job = a_job()
+    cases = [
+        (job._replace(hold=True), here, "on hold", "release a"),
+        (job._replace(blockers=1), here._replace(parents=["p", "r"]), "after p, r", "show p"),
+        (job._replace(due_at=12_500), here, "due in 12 s", None),
+        (job._replace(due_at=12_500, state=q.State.FAILED), here, "retry due in 12 s", None),
+        (job, here._replace(paused=True), "queue default paused", "queue resume default"),
+        (job, here._replace(max_running=2, running=2), "queue default at its limit of 2", "queue limit default none"),
+        (job, here._replace(workers=[]), "no worker is running", "worker start"),
+        (job, here._replace(workers=[a_worker(queues=["x"])]), "no worker takes queue default", "worker start"),
+        (job, here, "waiting for a free worker", None),
+    ]
+    for case, found, reason, command in cases:
+        got = q.why_waiting(case, found, 500)
+        same((got[0], command is None or command in str(got[1])), (reason, True))
+    for state in set(q.State) - set(q.WAITING):
+        same(q.why_waiting(job._replace(state=state), here, 0), (None, None))
+
+
+def test_table_fits_the_width() -> None:
+    """Columns are as wide as their widest cell, the last is cut to what the terminal leaves."""
+    lines = list(q.table(("A", "LONG"), [["xxx", "y" * 50], ["z", "w"]], 25))
+    same(lines, ["A    LONG", "xxx  " + "y" * 17 + "...", "z    w"])
+
+
+def test_durations_and_moments_read_well() -> None:
+    """Times are shown in the units that matter."""
+    same([q.duration(s) for s in (0.1234, 3, 59, 61, 3600, 90_061)], ["0.123 s", "3 s", "59 s", "1 m 1 s", "1 h", "1 d 1 h"])
+    same([q.ago(ms, 100_000) for ms in (None, 95_000, 40_000, 130_500)], ["-", "5 s ago", "1 m ago", "in 31 s"])
+    same([q.iso_time(None), q.iso_time(0), q.iso_time(1896112800250)],
+         [None, "1970-01-01T00:00:00.000Z", "2030-01-31T18:00:00.250Z"])  # fmt: skip
+
+
+def test_metrics_are_those_of_the_request() -> None:
+    """The four lines of the request, a rate of completed and dead, null where there is none."""
+    counts = dict.fromkeys(q.State, 0) | {q.State.COMPLETED: 8, q.State.DEAD: 2}
+    tallies = {"run count": 12, "run cpu": 1.5}
+    found = q.metrics_json(counts, [(0, n * 1000, n * 3000) for n in range(1, 101)], tallies)
+    lines = list(q.metrics_lines(found))
+    same(lines[:4], ["📊 Total jobs: 10", "✅ Completed: 8", "☠️ Dead: 2", "Success rate: 80.0%"])
+    same((found["wait_seconds"], found["run_seconds"]["p50"]), ({"p50": 50, "p95": 95, "p99": 99}, 100))
+    empty = q.metrics_json(dict.fromkeys(q.State, 0), [], tallies)
+    same((empty["success_rate"], empty["wait_seconds"]), (None, {"p50": None, "p95": None, "p99": None}))
+    assert list(q.metrics_lines(empty))
+
+
+def test_status_names_what_stands_in_the_way() -> None:
+    """`status` says which command helps where nothing would happen otherwise."""
+    counts = dict.fromkeys(q.State, 0) | {q.State.PENDING: 2, q.State.DEAD: 1}
+    paused = q.QueueRow("slow", True, None, counts)
+    text = "\n".join(q.status_lines(counts, [], [paused], 1, 1))
+    text += "\n".join(q.status_lines(counts, [a_worker(queues=["x"])], [paused._replace(paused=False)], 0, 0))
+    for word in ("start one: queuectl worker start", "dlq list", "queue resume slow", "1 dead worker", "config set job_timeout",
+                 "worker start --queue slow"):  # fmt: skip
+        assert word in text, text
+
+
+def test_views_escape_control_characters_and_hide_env_values(home: Home) -> None:
+    """No command, error or directory can drive the terminal, and values of `env` are in --json alone."""
+    home.add("echo \x1b]0;owned\x07", id="a", env={"TOKEN": "s3cret"}, cwd=str(home.work / "\x1b[2J"), max_retries=0)
+    home.start()
+    home.ended("a")
+    for args in (["list"], ["show", "a"], ["dlq", "list"], ["status"], ["worker", "list"]):
+        text = home.out(*args)
+        assert "\x1b" not in text and "\x07" not in text and "s3cret" not in text, text
+    same(home.json("show", "a")["env"], {"TOKEN": "s3cret"})
+    assert "TOKEN" in home.out("show", "a") and "\\x1b]0;owned" in home.out("list")
+
+
+# ---- commands
+
+JOB_KEYS = set(q.FIELDS) | set("state attempts created_at updated_at started_at finished_at exit_code error worker".split())
+
+
+def test_json_of_jobs_is_as_the_contract_says(home: Home) -> None:
+    """A job has every field and what became of it, times in UTC with milliseconds, absent values null."""
+    home.add(id="a", run_at=1.5, tag="t", max_retries=0, env={"A": "b"})
+    home.add("exit 1", id="b", max_retries=0)
+    home.start()
+    home.ended("a"), home.ended("b")
+    a, b = home.json("list")
+    same((set(a), set(b)), (JOB_KEYS, JOB_KEYS))
+    same((a["run_at"], a["delay"], a["timeout"], a["key"], a["hold"]), ("1970-01-01T00:00:01.500Z", None, None, None, False))
+    same((a["tag"], a["env"], a["priority"], a["queue"], a["on_lost"]), ("t", {"A": "b"}, 0, "default", "retry"))
+    same((a["state"], b["state"], b["error"], b["exit_code"]), ("completed", "dead", "exit code 1", 1))
+    for name in ("created_at", "updated_at", "started_at", "finished_at"):
+        assert re.fullmatch(TIME, a[name]), a
+    same(home.json("dlq", "list"), [b])
+    shown = home.json("show", "a")
+    same(({k: shown[k] for k in JOB_KEYS}, set(shown) - JOB_KEYS, shown["reason"]), (a, {"reason", "history"}, None))
+    (attempt,) = shown["history"]
+    same((attempt["number"], attempt["worker"], attempt["exit_code"], attempt["signal"], attempt["error"]),
+         (1, a["worker"], 0, None, None))  # fmt: skip
+
+
+def test_json_of_a_waiting_job_has_its_reason(home: Home) -> None:
+    """`show --json` says why a job is not running."""
+    home.add(id="a")
+    home.add(id="b", after=["a"])
+    same([home.json("show", id)["reason"] for id in "ab"], ["no worker is running", "after a"])
+
+
+def test_json_of_status_and_metrics_is_as_the_contract_says(home: Home) -> None:
+    """`status` counts jobs by state and workers by theirs; `metrics` has the figures."""
+    home.add(id="a")
+    home.sql("INSERT INTO queues VALUES ('q', 1, NULL)")
+    jobs = {"pending": 1, "processing": 0, "completed": 0, "failed": 0, "dead": 0, "cancelled": 0}
+    none = {"total": 0, "idle": 0, "busy": 0, "stopping": 0}
+    same(home.json("status"), {"jobs": jobs, "total": 1, "workers": none, "paused": ["q"]})
+    found = home.json("metrics")
+    same((found["total"], found["completed"], found["dead"], found["success_rate"]), (1, 0, 0, None))
+    same((set(found["wait_seconds"]), set(found["run_seconds"])), ({"p50", "p95", "p99"},) * 2)
+
+
+def test_enqueue_prints_ids_one_a_line(home: Home) -> None:
+    """Each form of `enqueue` prints the ids alone, in order, or as JSON whether each is new."""
+    same(home.out("enqueue", '{"id": "a", "command": "x"}'), "a\n")
+    same(home.out("enqueue", "-", stdin='{"id": "b", "command": "x"}\n\n{"id": "c", "command": "x"}\n'), "b\nc\n")
+    (home.work / "f.jsonl").write_text('{"id": "d", "command": "x"}')
+    same(home.out("enqueue", "--file", "f.jsonl"), "d\n")
+    same(home.json("enqueue", "--id", "e", "--", "x"), [{"id": "e", "created": True}])
+    same(home.json("enqueue", "--skip-existing", "--id", "E", "--", "x")[0]["created"], False)
+    same([job.id for job in home.store.jobs()], [*"abcde"])
+
+
+def test_enqueue_one_word_is_a_line_and_several_are_a_list(home: Home) -> None:
+    """Behind -- one word is a line for the shell, several are a program and its arguments, options and all."""
+    home.run("enqueue", "--id", "a", "--", "echo hi | cat")
+    home.run("enqueue", "--id", "b", "--", "echo", "--json", "--", "-x")
+    same([home.job("a").command, home.job("b").command], ["echo hi | cat", ["echo", "--json", "--", "-x"]])
+
+
+def test_enqueue_has_an_option_for_each_field(home: Home) -> None:
+    """What JSON can say the options can say too, with units for durations."""
+    home.add(id="p")
+    home.run(
+        "enqueue", "--id", "a", "--priority", "-3", "--max-retries", "1", "--timeout", "1h30m", "--delay", "7d",
+        "--backoff-base", "1.5", "--queue", "q", "--tag", "t", "--key", "k", "--cwd", ".", "--env", "A=b=c",
+        "--env", "HERE", "--after", "p", "--hold", "--on-lost", "dead", "--ok-codes", "3,4", "--no-retry-codes", "5",
+        "--snooze", "--", "x", env={"HERE": "from here"},
+    )  # fmt: skip
+    job = home.job("a")
+    same((job.priority, job.max_retries, job.timeout, job.backoff_base, job.queue), (-3, 1, 5400, 1.5, "q"))
+    same((job.tag, job.key, job.cwd, job.env), ("t", "k", str(home.work), {"A": "b=c", "HERE": "from here"}))
+    same((job.after, job.hold, job.on_lost, job.ok_codes, job.no_retry_codes), (["p"], True, "dead", [3, 4], [5]))
+    same((bool(job.snooze), (job.run_at or 0) - job.created_at), (True, 7 * 86_400_000))
+    options = {option for param in q.cli.commands["enqueue"].params for option in param.opts}
+    same({f"--{name.replace('_', '-')}" for name in q.FIELDS if name != "command"} - options, set())
+
+
+@posix
+def test_enqueue_ctrl_c_leaves_nothing(home: Home) -> None:
+    """Ctrl-C in the middle of a batch exits 130, without a word of Python, and nothing is stored."""
+    home.add(id="a")
+    process = home.popen("enqueue", "-", stdin=subprocess.PIPE)
+    assert process.stdin
+    process.stdin.write(b'{"command": "exit 0"}\n' * 20_000)  # more than a pipe holds: it is being read
+    process.stdin.flush()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=DEADLINE_S)
+    same((process.returncode, b"Traceback" in err, len(home.store.jobs())), (130, False, 1))
+
+
+def test_list_selects_and_says_how_many_more(home: Home) -> None:
+    """`list` shows at most 100 rows unless told, says how many more, and selects by state, queue and tag."""
+    home.add_all({"command": "x", "id": f"n{n:03}", "queue": "q" if n % 2 else "r"} for n in range(105))
+    home.add(id="t", tag="t")
+    lines = home.out("list").splitlines()
+    same((len([line for line in lines if line.startswith("n")]), "6 older" in lines[0]), (99, True))
+    same((len(home.json("list")), len(home.json("list", "--limit", "7"))), (106, 7))
+    same((len(home.json("list", "--queue", "q")), len(home.json("list", "--tag", "t"))), (52, 1))
+    same((home.json("list", "--state", "dead"), home.out("list", "--state", "dead")), ([], "no jobs\n"))
+
+
+def test_logs_tail_gives_the_last_lines(home: Home) -> None:
+    """`logs --tail N` prints the last N lines, whole."""
+    home.add(id="a")
+    same(home.out("logs", "a"), "")
+    Path(home.home.log("a")).write_bytes(b"".join(b"%d\n" % n for n in range(50_000)))
+    same([home.out("logs", "a", "--tail", n) for n in ("0", "2")], ["", "49998\n49999\n"])
+    same(len(home.out("logs", "a", "--tail", "60000").splitlines()), 50_000)
+
+
+def test_dlq_retry_and_purge_take_all_or_nothing(home: Home) -> None:
+    """Several ids are done together or not at all; --all, --tag and --queue choose; a purge takes the log along."""
+    home.add_all({"command": "x", "id": id, "tag": tag, "max_retries": 0} for id, tag in (("a", "t"), ("b", "t"), ("c", "u")))
+    home.add(id="alive")
+    worker = home.worker_row()
+    for _ in range(3):
+        home.store.finish(home.claim(worker), exited(1), q.Settings(), 1)
+    Path(home.home.log("a")).write_text("x")
+    home.fails("dlq", "retry", "a", "nowhere")
+    home.fails("dlq", "purge", "a", "alive")
+    home.run("dlq", "retry", "--tag", "u")
+    same([home.state(id) for id in ("a", "b", "c")], ["dead", "dead", "pending"])
+    home.run("dlq", "purge", "a")
+    same(os.path.exists(home.home.log("a")), False)
+    home.run("dlq", "purge", "--all")
+    same([job.id for job in home.store.jobs()], ["c", "alive"])
+
+
+def test_config_get_prints_the_value_alone(home: Home) -> None:
+    """`config get` prints a value that `set` takes, dashes are underscores, and `unset` brings the default back."""
+    same(home.out("config", "get", "backoff_base"), "2\n")
+    home.run("config", "set", "backoff-base", "1.5")
+    home.run("config", "set", "job_timeout", "2m")
+    same([home.out("config", "get", key) for key in ("backoff-base", "job_timeout")], ["1.5\n", "120\n"])
+    same(home.json("config", "list")["backoff_base"], 1.5)
+    home.run("config", "unset", "backoff_base")
+    same(home.out("config", "get", "backoff_base"), "2\n")
+
+
+def test_output_reaches_a_terminal_that_knows_no_emoji(home: Home) -> None:
+    """On a cp1252 or ASCII standard output every command still works, without what cannot be shown."""
+    home.add("echo ☠ ü", id="a")
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        env = {"PYTHONIOENCODING": encoding}
+        lines = home.run("metrics", env=env).out.splitlines()
+        same([line.encode().isascii() for line in lines[:1]], [encoding != "utf-8"])
+        assert lines[0].endswith("Total jobs: 1") and lines[3] == "Success rate: -", lines
+        for args in (["list"], ["show", "a"], ["list", "--json"])[: 1 if WINDOWS else 3]:
+            home.run(*args, env=env)
+
+
+@posix
+def test_output_into_a_closed_pipe_is_no_error(home: Home) -> None:
+    """A reader that has seen enough ends a command without a complaint."""
+    home.add_all({"command": "x" * 100} for _ in range(3000))
+    process = home.popen("list", "--limit", "3000")
+    assert process.stdout and process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    same((process.stderr.read(), process.wait(DEADLINE_S)), (b"", 0))
+    process.stderr.close()
+
+
+def test_version_and_help_need_no_home(home: Home) -> None:
+    """`--version` and `--help` of every group work and make nothing."""
+    assert q.__version__ in home.out("--version")
+    for args in ([], ["worker"], ["dlq", "retry"])[: 1 if WINDOWS else 3]:
+        assert "Usage: queuectl" in home.out(*args, "--help")
+    same(home.path.exists(), False)
+
+
+# ---- docs
+
+
+def document(name: str) -> str:
+    """The text of a document beside this file."""
+    if not (HERE / name).exists():
+        raise Skip(f"{name} is not there")
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def commands(group: click.Group = q.cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every command that does something, with the words that call it."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def test_docs_every_command_and_option_has_help() -> None:
+    """Each command and each option says what it does."""
+    for name, command in commands():
+        assert command.help, name
+        for param in command.params:
+            assert not isinstance(param, click.Option) or param.help, f"{name} {param.opts}"
+
+
+def test_docs_readme_has_every_command_option_field_and_key() -> None:
+    """README.md names each command, option, field and config key."""
+    readme = document("README.md")
+    wanted = {name for name, _ in commands()} | set(q.FIELDS) | set(q.SETTINGS)
+    wanted |= {opt for _, c in commands() for p in c.params for opt in p.opts if opt.startswith("--")}
+    missing = [word for word in sorted(wanted) if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", readme)]
+    same(missing, [])
+
+
+@posix
+def test_docs_readme_examples_run(home: Home) -> None:
+    """The ```sh blocks of README.md, top to bottom in one home, all exit 0."""
+    readme = document("README.md")
+    bin = home.root / "bin"
+    bin.mkdir()
+    (bin / "queuectl").write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
+    (bin / "queuectl").chmod(0o755)
+    path = os.pathsep.join([str(bin), os.path.dirname(sys.executable), home.env["PATH"]])
+    env = home.env | {"PATH": path, "HOME": str(home.root)}
+    blocks = re.findall(r"^(<!-- not run: .+ -->\n\n?)?```sh\n(.*?)^```$", readme, re.S | re.M)
+    for marked, block in blocks:
+        if not marked:
+            ran = subprocess.run(["sh", "-e", "-c", block], env=env, cwd=home.work, stdin=subprocess.DEVNULL,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S)  # fmt: skip
+            assert ran.returncode == 0, f"\n{block}\n{ran.stdout.decode()}"
+    assert blocks, "README.md has no examples"
+
+
+def test_docs_design_has_a_diagram_of_every_state() -> None:
+    """The state diagram of design.md shows each state."""
+    blocks = re.findall(r"^```.*?^```$", document("design.md"), re.S | re.M)
+    assert any(all(state.value in block for state in q.State) for block in blocks)
+
+
+@windows
+def test_docs_demo_bat_runs(home: Home) -> None:
+    """demo.bat runs to its end."""
+    document("demo.bat")
+    env = home.env | {"PATH": os.path.dirname(sys.executable) + os.pathsep + home.env["PATH"]}
+    ran = subprocess.run(["cmd", "/c", str(HERE / "demo.bat")], env=env, cwd=HERE, stdin=subprocess.DEVNULL,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S)  # fmt: skip
+    same((ran.returncode, b"Traceback" in ran.stdout), (0, False))
+
+
+SOURCE = (HERE / "queuectl.py").read_text(encoding="utf-8")
+BANNERS = {number: line.split(" ", 2)[2] for number, line in enumerate(SOURCE.splitlines(), 1) if line.startswith("# ====")}
+
+
+def section_of(line: int) -> str:
+    """The section in which a line of queuectl.py stands."""
+    return next((name for number, name in reversed(BANNERS.items()) if number <= line), "head")
+
+
+def test_docs_map_at_the_head_is_true() -> None:
+    """The sections that the docstring names are those that the file has, in that order."""
+    text = str(q.__doc__).partition("The file, from top to bottom")[2]
+    same(re.findall(r"^    (\S+(?: \S+)*)  +\S", text, re.M), list(BANNERS.values()))
+
+
+def names_used(node: ast.stmt) -> set[str]:
+    """The names of its module that a statement refers to, at any depth."""
+    def walk(scope: symtable.SymbolTable) -> Iterator[str]:
+        for symbol in scope.get_symbols():
+            top = scope.get_type() == "module"
+            if symbol.is_referenced() and (top or symbol.is_global()):
+                yield symbol.get_name()
+        for inner in scope.get_children():
+            yield from walk(inner)
+
+    return set(walk(symtable.symtable(ast.unparse(node), "queuectl.py", "exec")))
+
+
+def test_docs_a_section_uses_only_those_above_it() -> None:
+    """No section of queuectl.py refers to a name that a later section defines."""
+    statements = ast.parse(SOURCE).body
+    order = ["head", *BANNERS.values()]
+    defined: dict[str, int] = {}
+    for node in statements:
+        for inner in ast.walk(node) if isinstance(node, ast.If) else [node]:
+            names = [inner.name] if isinstance(inner, ast.FunctionDef | ast.ClassDef) else []
+            targets = inner.targets if isinstance(inner, ast.Assign) else []
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+            for name in names:
+                defined.setdefault(name, order.index(section_of(node.lineno)))
+    late = {
+        (section_of(node.lineno), name)
+        for node in statements
+        for name in names_used(node)
+        if defined.get(name, 0) > order.index(section_of(node.lineno))
+    }
+    same(late, set())
+
+
+def test_docs_only_some_sections_know_the_system() -> None:
+    """click, sqlite3 and the modules of the operating system are known only where the style allows."""
+    may = {"click": {"commands"}, "sqlite3": {"store"}}
+    may |= {module: {"platform", "running"} for module in ("os", "signal", "subprocess", "ctypes")}
+    found = {(section_of(node.lineno), name) for node in ast.parse(SOURCE).body for name in names_used(node) & set(may)}
+    same({(section, name) for section, name in found if section not in may[name] | {"head"}}, set())
+    asked = [line for line in SOURCE.splitlines() if "sys.platform" in line]
+    same(asked, ['if sys.platform == "win32":'])
+
+
+# ---- with development dependencies
+
+
+@dev
+def test_fields_no_json_whatever_is_more_than_bad_input() -> None:
+    """Any JSON value is either a legal job or bad input, and nothing else ever happens."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+    values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+    jobs = st.dictionaries(st.sampled_from(list(q.FIELDS)) | st.text(max_size=3), values)
+
+    @settings(max_examples=2000 if LONG else 500, deadline=None)
+    @given(jobs | values)
+    def check(value: Any) -> None:
+        with contextlib.suppress(q.BadInput):
+            q.check_fields(value)
+
+    check()
+
+
+@dev
+def test_parse_job_no_text_whatever_is_more_than_bad_input() -> None:
+    """Any text on the command line is JSON or bad input."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    @settings(max_examples=500, deadline=None)
+    @given(st.text() | st.text(alphabet='{}[]":,0e+-.\\u'))
+    def check(text: str) -> None:
+        for read in (q.parse_job, q.parse_duration, q.parse_number):
+            with contextlib.suppress(q.BadInput):
+                read(text)
+
+    check()
+
+
+@dev
+def test_judge_never_runs_a_job_more_than_one_plus_max_retries_times() -> None:
+    """Whatever the outcomes, attempts that count never exceed 1 + max_retries, and the backoff is the formula."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    ends = st.sampled_from([q.End.EXITED, q.End.TIMED_OUT, q.End.LOST, q.End.NOT_STARTED])
+
+    @settings(max_examples=500, deadline=None)
+    @given(st.lists(ends, min_size=8, max_size=8), st.integers(0, 5), st.floats(0.01, 5))
+    def check(outcomes: list[q.End], retries: int, base: float) -> None:
+        job = a_job(max_retries=retries, backoff_base=base)
+        for end in outcomes:
+            job = job._replace(attempts=job.attempts + 1)
+            verdict = q.judge(job, q.Outcome(end, 1 if end is q.End.EXITED else None), q.Settings(), 0, 0.5)
+            if verdict.state is q.State.DEAD:
+                break
+            if end is not q.End.LOST:
+                same(verdict.due_at, round(base**job.attempts * 1000))
+        same(job.attempts, 1 + retries)
+
+    check()
+
+
+# ---- the run
+
+
+def run_test(name: str, test: Test) -> tuple[str, str]:
+    """Run one test, print its line, and say how it ended."""
+    began = time.monotonic()
+    home = Home() if "home" in inspect.signature(test).parameters else None
+    verdict, note = "ok", ""
+    try:
+        test(*[home] if home else [])
+    except Skip as reason:
+        verdict, note = "skipped", f"\n        {reason}"
+    except BaseException:
+        verdict, note = "FAILED", "\n" + traceback.format_exc()
+    finally:
+        if home:
+            home.close()
+    sentence = inspect.getdoc(test) or "says nothing"
+    line = f"{verdict:7} {name}: {sentence} {time.monotonic() - began:.1f} s{note}"
+    print(line.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding), flush=True)
+    return name, verdict
+
+
+def run_tests(tests: dict[str, Test]) -> dict[str, str]:
+    """Run tests side by side, and then those that want to be alone; how each ended."""
+    together = {name: test for name, test in tests.items() if not hasattr(test, "alone")}
+    apart = {name: test for name, test in tests.items() if hasattr(test, "alone")}
+    with concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        ended = dict(pool.map(run_test, together, together.values()))
+    return ended | dict(map(run_test, apart, apart.values()))
+
+
+def main(words: list[str]) -> int:
+    """Run the tests that the words choose; the exit code."""
+    if not __debug__:
+        print("python -O takes the assertions away")
+        return 2
+    parts = [word for word in words if not word.startswith("--")]
+    chosen = {
+        name: test
+        for name, test in globals().items()
+        if name.startswith("test_") and hasattr(test, "dev") == ("--dev" in words)
+        and (not parts or any(part in name for part in parts))
+    }  # fmt: skip
+    ended = run_tests({name: test for name, test in chosen.items() if getattr(test, "here", True)})
+    verdicts = collections.Counter(ended.values())
+    for name, verdict in ended.items():
+        if verdict == "FAILED":
+            print(f"FAILED {name}")
+    print(f"{len(chosen) - len(ended)} not for this system, {verdicts['skipped']} skipped")
+    print(f"{verdicts['ok']} passed, {verdicts['FAILED']} failed")
+    return 1 if verdicts["FAILED"] or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2007,7 +2007,7 @@ if sys.platform == "win32":
             limits, used = _Limits(), _Accounting()
             _query(self._job, _EXTENDED_LIMITS, limits)
             _query(self._job, _ACCOUNTING, used)
-            return Exit(code, None, limits.peak_process_memory or None, (used.user + used.kernel) / 1e7)
+            return Exit(code, None, limits.peak_process_memory or None, (used.user + used.kernel) / 1e7 or None)
 
         def end(self, grace_s: float) -> None:
             """End it and all that it started, at once: a hidden console has nobody to ask it to leave."""

@@ -254,7 +254,8 @@ def _integer(low: int, high: int) -> _Check:
 def _number(low: float, *, above: bool = False, high: float = MAX_SECONDS) -> _Check:
     def check(value: Any) -> float:
         if type(value) not in (int, float) or not low <= value <= high or (above and value == low):
-            raise BadInput(f"must be a number {'above' if above else 'of at least'} {low:g}")
+            most = f" and at most {high:g}" if high < MAX_SECONDS else ""
+            raise BadInput(f"must be a number {'above' if above else 'of at least'} {low:g}{most}")
         return float(value)
 
     return check
@@ -713,10 +714,11 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             """CREATE TRIGGER jobs_deleted BEFORE DELETE ON jobs BEGIN
                 UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
                 DELETE FROM attempts WHERE job = OLD.seq;
-                DELETE FROM dependencies WHERE parent = OLD.seq;
+                DELETE FROM dependencies WHERE parent = OLD.seq AND OLD.state = 'completed';
                 DELETE FROM dependencies WHERE child = OLD.seq;
             END""",
-            # The next three keep `blockers`: the parents of a job that have not completed.
+            # The next three keep `blockers`: the parents of a job that have not completed, those
+            # that were removed before they had among them.
             """CREATE TRIGGER jobs_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed' BEGIN
                 UPDATE jobs SET blockers = blockers - 1
                     WHERE seq IN (SELECT child FROM dependencies WHERE parent = NEW.seq);
@@ -727,7 +729,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             END""",
             """CREATE TRIGGER dependencies_deleted AFTER DELETE ON dependencies BEGIN
                 UPDATE jobs SET blockers = blockers - 1 WHERE seq = OLD.child
-                    AND (SELECT state FROM jobs WHERE seq = OLD.parent) <> 'completed';
+                    AND (SELECT state FROM jobs WHERE seq = OLD.parent) IS NOT 'completed';
             END""",
         ),
     ),
@@ -855,8 +857,8 @@ class Store:
             raise _domain_error(path, error) from error
         try:
             self._bring_up(patience_s)
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             if not durable:
-                self._db.execute("PRAGMA synchronous = NORMAL")
                 self._db.execute(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
         except sqlite3.Error as error:
             self._db.close()
@@ -1273,23 +1275,29 @@ class Store:
         return values
 
     def retry_dead(self, which: Selection, now: int) -> list[str]:
-        """Dead jobs back to `pending` with no attempts made, and with them what died because of them."""
+        """Dead jobs back to `pending` with no attempts made, and with them what died because of them.
+
+        One whose parent can still not complete stays dead; QueueError where it was named.
+        """
         with self.writing():
             chosen = self._choose(which, [State.DEAD], "retried")
             for job in chosen:
                 self._revive(job, now)
-            lost = [(job, parent) for job in chosen for parent in self._lost_parents(job)]
-            for job, parent in lost:
-                if which.ids:
-                    raise QueueError(f"job {job.id} waits for {parent.id}, which is {parent.state.value}")
+            for parent in [parent for job in chosen for parent in self._lost_parents(job)]:
                 self._doom(parent, now)
-        return [job.id for job in chosen]
+            tried = [self.get(job.id) for job in chosen]
+            for job in tried:
+                if which.ids and job.state is State.DEAD:
+                    raise QueueError(f"job {job.id} {job.error}: it cannot be retried before that")
+        return [job.id for job in tried if job.state is not State.DEAD]
 
     def _revive(self, job: Job, now: int) -> None:
         try:
             self._db.execute(
                 """UPDATE jobs SET state = 'pending', attempts = 0, due_at = NULL, doomed_by = NULL,
-                    updated_at = :now, finished_at = NULL WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq)""",
+                    updated_at = :now, finished_at = NULL WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq)
+                    AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
+                        AND parent NOT IN (SELECT seq FROM jobs))""",
                 {"seq": job.seq, "now": now},
             )
         except sqlite3.IntegrityError:
@@ -1517,8 +1525,8 @@ class Store:
                 UNION ALL SELECT queue, state, -n FROM counts) GROUP BY queue, state HAVING sum(n) <> 0"""
         )
         blocked = self._all(
-            """SELECT id FROM jobs WHERE blockers <> (SELECT count(*) FROM dependencies JOIN jobs AS parent
-                ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state <> 'completed')"""
+            """SELECT id FROM jobs WHERE blockers <> (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
+                ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
         )
         ownerless = self._all(
             "SELECT id FROM jobs WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)"
@@ -1536,8 +1544,8 @@ class Store:
             self._change("DELETE FROM counts")
             self._change("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
             self._change(
-                """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies JOIN jobs AS parent
-                    ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state <> 'completed')"""
+                """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
+                    ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
             )
             self._change(
                 """UPDATE jobs SET state = 'failed', error = 'its worker is not known', updated_at = :now
@@ -1757,12 +1765,12 @@ def here(directory: str = "") -> str:
     return os.path.abspath(directory or os.curdir)
 
 
-def with_values(words: Sequence[str]) -> list[str]:
+def with_values(words: Sequence[str]) -> tuple[str, ...]:
     """`K=V` as typed, and `K` with the value that it has here; BadInput where it has none."""
     for word in words:
         if "=" not in word and word not in os.environ:
             raise BadInput(f"--env names {word}, which is not set here; say {word}=VALUE")
-    return [word if "=" in word else f"{word}={os.environ[word]}" for word in words]
+    return tuple(word if "=" in word else f"{word}={os.environ[word]}" for word in words)
 
 
 def inherited_environment() -> dict[str, str]:
@@ -2233,12 +2241,11 @@ else:
 
     def _send(process: _Identity, number: int) -> None:
         """Signal a process unless its id has gone to another meanwhile."""
-        if not _HAS_PROC:
-            if process in _processes():
-                with contextlib.suppress(OSError):
-                    os.kill(process[0], number)
-            return
         with contextlib.suppress(OSError):
+            if not hasattr(os, "pidfd_open"):  # macOS, and Pythons that were built on an old Linux
+                if process in _processes():
+                    os.kill(process[0], number)
+                return
             fd = os.pidfd_open(process[0])  # from here on the id cannot change hands under us
             try:
                 if _stat(process[0])[2] == process[1]:
@@ -2267,6 +2274,8 @@ else:
 
     def _own_children() -> set[_Identity]:
         """What an earlier attempt left running with this process as its reaper; nearly always nothing."""
+        if not _HAS_PROC:  # where there is no subreaper either
+            return set()
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -2829,14 +2838,7 @@ def wake_one(home: Home, store: Store) -> None:
 
 
 def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) -> None:
-    """Be a worker until told to leave; says one line when it is up, or why it is not."""
-    try:
-        _serve(home, queues, drain, echo)
-    except QueueError as error:
-        print(f"Error: {error}", flush=True)
-
-
-def _serve(home: Home, queues: Sequence[str], drain: bool, echo: bool) -> None:
+    """Be a worker until told to leave; says one line when it is up."""
     bells: list[Bell] = []
     with Store(home.database, WORKER_PATIENCE_S, durable=False) as store:
         row = store.register(
@@ -2857,6 +2859,14 @@ def _serve(home: Home, queues: Sequence[str], drain: bool, echo: bool) -> None:
             raise
         finally:
             bells[0].close()
+
+
+def serve_or_say(home: Home, queues: Sequence[str], drain: bool) -> None:
+    """The same for a worker that nobody can see: what goes wrong is said on standard output."""
+    try:
+        serve(home, queues, drain)
+    except QueueError as error:
+        print(f"Error: {error}", flush=True)
 
 
 def host_name() -> str:
@@ -2887,7 +2897,7 @@ def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) ->
     """Start detached workers; their ids, once all are up. QueueError where one could not start."""
     arguments = ["worker", "start", "--foreground"] + [w for q in queues for w in ("--queue", q)]
     arguments += ["--drain"] * drain
-    voices = [start_detached(arguments, lambda: serve(home, queues, drain)) for _ in range(count)]
+    voices = [start_detached(arguments, lambda: serve_or_say(home, queues, drain)) for _ in range(count)]
     lines = [voice.readline().strip() for voice in voices]
     for line in lines:
         if not line.startswith("worker "):
@@ -3018,7 +3028,10 @@ def attempt_json(attempt: Attempt) -> dict[str, Any]:
 
 
 def why_waiting(job: Job, found: Obstacles, now: int) -> tuple[str | None, str | None]:
-    """Why a job is not running, and the command that would change it."""
+    """Why a job that waits is not running, and the command that would change it; also for a dead one."""
+    if job.state is State.DEAD:
+        again = found.parents[0] if job.doomed_by and found.parents else job.id
+        return None, f"queuectl dlq retry {again}"
     if job.state not in WAITING:
         return None, None
     if job.hold:
@@ -3055,7 +3068,7 @@ JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "COMMAND")
 
 def job_lines(jobs: Sequence[Job], more: int, now: int, width: int) -> Iterator[str]:
     """What `list` prints."""
-    if not jobs:
+    if not jobs and not more:
         yield "no jobs"
         return
     if more:
@@ -3071,8 +3084,6 @@ def show_lines(job: Job, history: Sequence[Attempt], reason: tuple[str | None, s
     yield f"state      {coloured(job.state.value)}" + (f": {reason[0]}" if reason[0] else "")
     if reason[1]:
         yield f"try        {reason[1]}"
-    if job.state is State.DEAD:
-        yield f"try        queuectl dlq retry {job.id}"
     if job.error:
         yield f"error      {printable(job.error)}"
     retries = settings.max_retries if job.max_retries is None else job.max_retries
@@ -3484,10 +3495,10 @@ def specs_given(
 ) -> Iterable[tuple[str, Spec]]:
     """The jobs that an `enqueue` names, in whichever of its forms."""
     fields = {"cwd": here(), **fields}
-    if typed is not None and not words and not file:
+    if typed and not words and not file:
         job = {**fields, "command": typed[0] if len(typed) == 1 else list(typed)}
         return [("", in_place(check_fields(job)))]
-    if (file and not words and typed is None) or list(words) == ["-"]:
+    if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
         batch = read_batch(file or sys.stdin.buffer, fields)
         return ((where, in_place(spec)) for where, spec in batch)
     if len(words) == 1 and not file and typed is None:
@@ -3495,7 +3506,7 @@ def specs_given(
         return [("", in_place(check_fields({**fields, **given} if isinstance(given, dict) else given)))]
     if words and words[0].lstrip().startswith("{"):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
-    raise BadInput("give one job as JSON, or -, or a command behind --: queuectl enqueue -- echo hello")
+    raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
 
 
 def in_place(spec: Spec) -> Spec:
@@ -3667,7 +3678,7 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
 def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, timeout: str | None) -> int:
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
     some = bool(ids or tag or queue)
-    jobs = store.chosen(Selection(ids, tag, queue)) if some else []
+    jobs = some_of(store.chosen(Selection(ids, tag, queue))) if some else []
     total = len(jobs) if some else sum(store.counts().values())
     timeout_s = math.inf if timeout is None else parse_duration(timeout)
     warn_if_nobody_works(home, store)
@@ -3676,6 +3687,13 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
     if found is None:
         return EX_TIMED_OUT
     return int(any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
+
+
+def some_of(jobs: list[Job]) -> list[Job]:
+    """Jobs to wait for; NotFound where there are none, which is most likely a slip."""
+    if not jobs:
+        raise NotFound("no job bears that tag or is in that queue")
+    return jobs
 
 
 def warn_if_nobody_works(home: Home, store: Store) -> None:
@@ -4003,6 +4021,7 @@ def backup(home: Home, store: Store, file: str, restore: bool) -> None:
         say([f"restored from {file}"])
         return
     made = f"{file}.part"
+    make_private_file(made)
     store.back_up(made)
     publish(made, file)
     say([f"{file} holds {sum(store.counts().values())} jobs"])

@@ -604,7 +604,7 @@ def _longest_wait_ms(home: q.Home, watched_s: float) -> float:
             FROM jobs WHERE worker > 0 AND started_at > {start}""")
         if gap is not None
     ]  # fmt: skip
-    return max(1, max(gaps) - statistics.median(gaps))
+    return float(max(1, max(gaps) - statistics.median(gaps)))
 
 
 # ======================================================================== peers

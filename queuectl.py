@@ -991,8 +991,8 @@ class Store:
 
     def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
         self._change(
-            f"""CREATE TEMP TABLE IF NOT EXISTS staged (
-                n INTEGER PRIMARY KEY, {', '.join(_GIVEN)}, origin, is_new DEFAULT 1)"""
+            f"""CREATE TEMP TABLE IF NOT EXISTS staged (n INTEGER PRIMARY KEY, id COLLATE NOCASE,
+                {', '.join(_GIVEN[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
         )
         self._change("DELETE FROM staged")
         rows = (
@@ -1008,9 +1008,7 @@ class Store:
     def _land(self, last: int, now: int, skip_existing: bool) -> None:
         """Make jobs of what is staged; they are numbered from `last` on."""
         self._pass_over_existing(skip_existing)
-        self._change("UPDATE staged SET id = printf('j%07x', :last + n) WHERE id IS NULL", last=last)
-        while self._change("UPDATE staged SET id = id || 'x' WHERE is_new AND id IN (SELECT id FROM jobs)"):
-            pass  # somebody chose just the name that we made up
+        self._make_up_ids(last)
         self._land_where("key IS NULL", last, now)
         for n, key in self._all("SELECT n, key FROM staged WHERE is_new AND key IS NOT NULL ORDER BY n"):
             holder = self._one(
@@ -1026,6 +1024,15 @@ class Store:
             with _saying_where(origin):
                 self._wait_for(last + n, id, json.loads(after), now)
 
+    def _make_up_ids(self, last: int) -> None:
+        """Ids that are short, never used twice, and sort as their jobs were made, up to 268 million of them."""
+        self._change("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
+        while self._change(
+            """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
+                OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
+        ):
+            pass  # somebody chose just the id that we made up
+
     def _land_where(self, condition: str, last: int, now: int) -> None:
         columns = ", ".join(_GIVEN)
         self._change(
@@ -1039,10 +1046,10 @@ class Store:
         """QueueError for the first staged id that exists already, in the queue or further up."""
         if not self._one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
             return
-        self._change("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id COLLATE NOCASE)")
+        self._change("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
         self._change(
             """UPDATE staged SET is_new = 0 WHERE id IN (SELECT id FROM jobs) OR EXISTS (
-                SELECT 1 FROM staged AS above WHERE above.id = staged.id COLLATE NOCASE AND above.n < staged.n)"""
+                SELECT 1 FROM staged AS above WHERE above.id = staged.id AND above.n < staged.n)"""
         )
         taken = self._one("SELECT id, origin FROM staged WHERE NOT is_new ORDER BY n LIMIT 1")
         if taken and not skip_existing:
@@ -1749,8 +1756,8 @@ def leaving_at_once() -> Iterator[None]:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError:  # nobody is there to read it
-            code = code or 1
+        except OSError as error:  # whoever read it may just have seen enough
+            code = code or int(error.errno not in (errno.EPIPE, errno.EINVAL))
         os._exit(code)
 
 
@@ -2359,7 +2366,7 @@ else:
             writers = [process for process in table if _writes_to(process[0], log)]
             return _family(table, writers, mark)
 
-        return _end_all(find, 0)
+        return _end_all(find, 0, patience_s=2.0)
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
@@ -2801,18 +2808,21 @@ class Worker:
             self._complain(str(error))
 
     def _bury(self, dead: WorkerRow) -> None:
-        """End what a dead worker's job left running; only then may the job be tried again."""
-        for job in self._store.under_way(dead.id):
-            if not end_leftovers(attempt_mark(self._home, job), self._home.log(job.id)):
-                self._complain(f"job {job.id} of dead worker {dead.id} cannot be ended, tries again")
-                return
-            lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
-            state = self._store.finish(job, lost, self._settings, now_ms())
-            if state:
-                self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value}")
-            if hook := hook_for(state, self._settings):
-                self._hooks.append((job.id, hook))
-        self._store.unregister(dead.id)
+        """End what a dead worker's job left running; only then may the job be tried again.
+
+        All in one transaction: nobody can claim the job, and write to its log, while we look for who does.
+        """
+        with self._store.writing():
+            for job in self._store.under_way(dead.id):
+                if not end_leftovers(attempt_mark(self._home, job), self._home.log(job.id)):
+                    self._complain(f"job {job.id} of dead worker {dead.id} cannot be ended, tries again")
+                    return
+                lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
+                state = self._store.finish(job, lost, self._settings, now_ms())
+                self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value if state else 'ended'}")
+                if hook := hook_for(state, self._settings):
+                    self._hooks.append((job.id, hook))
+            self._store.unregister(dead.id)
         remove_file(self._home.bell(dead.id))
         self._version = -1  # what we commit ourselves is no news to our connection
 
@@ -3333,12 +3343,18 @@ class Program(click.Group):
             code = _fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             code = EX_INTERRUPTED
-        except BrokenPipeError:  # whoever read our output has seen enough
-            silence_output()
-            code = 0
         except OSError as error:
             code = _fail(f"{error.strerror or error}: {error.filename or 'output'}", 1)
         sys.exit(code or 0)
+
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; that whoever reads its output has seen enough is no error."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            silence_output()
+            return 0
 
 
 def _fail(text: str, code: int) -> int:

@@ -50,6 +50,7 @@ call :await broken dead
 call :await later completed
 set "FIRST="
 for /f %%L in (order.txt) do if not defined FIRST set "FIRST=%%L"
+call :run show high
 if not defined FAILED if not "%FIRST%"=="high" set "FAILED=the high priority did not run first"
 
 call :step 6. Look: list, logs, show, metrics

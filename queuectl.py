@@ -63,11 +63,13 @@ TEND_S = 1.0  # how often a worker looks for workers that died
 HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
+PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 STOP_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
 PAGE_BYTES = 2048  # a job's step touches eight pages and writes them whole: small ones are faster
 WORKER_CHECKPOINT_PAGES = 8_000  # a checkpoint waits for the disk, so workers let the WAL grow to 16 MB
 BUCKETS_S = (0.01, 0.1, 1, 10, 60, 600, 3600, 86400)  # of the histograms of wait and run time
+WORKER_CACHE_KIB = 512  # a worker looks at few pages; it does not grow with the queue
 LIST_ROWS = 100  # rows that a table shows unless told
 LOW_DISK_BYTES = 100 << 20  # where `doctor` begins to worry
 MAX_COMMAND_BYTES = 128 * 1024
@@ -828,8 +830,8 @@ def _domain_error(path: str, error: sqlite3.Error) -> StoreError:
     text = str(error)
     if "locked" in text or "busy" in text:
         return StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done")
-    if "full" in text:
-        return StoreError(f"the disk that holds {path} is full; nothing was stored")
+    if "full" in text or "disk I/O" in text:  # a shared memory file that cannot grow is an I/O error
+        return StoreError(f"cannot write {path}, its disk is full ({text}); nothing was stored")
     if "not a database" in text or "malformed" in text:
         return StoreError(f"{path} is damaged ({text}); move it away, or put a backup in its place")
     return StoreError(f"cannot use {path}: {text}")
@@ -860,6 +862,7 @@ class Store:
             self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             if not durable:
                 self._db.execute(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
+                self._db.execute(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
         except sqlite3.Error as error:
             self._db.close()
             raise _domain_error(path, error) from error
@@ -935,10 +938,7 @@ class Store:
 
     def _all(self, sql: str, **values: Any) -> list[Any]:
         """Every row of a statement."""
-        try:
-            return self._db.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            raise _domain_error(self.path, error) from error
+        return list(self._rows(sql, **values))
 
     def _rows(self, sql: str, **values: Any) -> Iterator[Any]:
         """The rows of a statement one by one, for those that may be many."""
@@ -946,6 +946,8 @@ class Store:
             yield from self._db.execute(sql, values)
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
+        except UnicodeEncodeError:
+            raise BadInput("what was given is not valid Unicode") from None
 
     def _one(self, sql: str, **values: Any) -> Any:
         rows = self._all(sql, **values)
@@ -957,6 +959,12 @@ class Store:
             return self._db.execute(sql, values).rowcount
         except sqlite3.IntegrityError:
             raise
+        except sqlite3.Error as error:
+            raise _domain_error(self.path, error) from error
+
+    def _insert_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        try:
+            self._db.executemany(sql, rows)
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
 
@@ -1001,7 +1009,7 @@ class Store:
         )
         columns = (*_GIVEN, "origin")
         with self._transaction("BEGIN"):
-            self._db.executemany(
+            self._insert_many(
                 f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
             )
 
@@ -1300,13 +1308,13 @@ class Store:
 
     def _revive(self, job: Job, now: int) -> None:
         try:
-            self._db.execute(
+            self._change(
                 """UPDATE jobs SET state = 'pending', attempts = 0, due_at = NULL, doomed_by = NULL,
                     updated_at = :now, finished_at = NULL WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq)
                     AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
                         AND parent NOT IN (SELECT seq FROM jobs))""",
-                {"seq": job.seq, "now": now},
-            )
+                seq=job.seq, now=now,
+            )  # fmt: skip
         except sqlite3.IntegrityError:
             raise QueueError(f"job {job.id} cannot be retried: another of key {job.key!r} has not ended") from None
 
@@ -1319,24 +1327,31 @@ class Store:
         )
         return [job_from_row(row) for row in rows]
 
-    def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 200) -> Iterator[list[str]]:
-        """Remove jobs that ended before a moment, in transactions so small that no worker waits for long."""
-        seq = 0
-        while True:
-            with contextlib.nullcontext() if dry_run else self.writing():
-                rows = self._all(
-                    """SELECT seq, id FROM jobs WHERE seq > :seq AND finished_at < :before
-                        AND state IN (SELECT value FROM json_each(:states)) ORDER BY seq LIMIT :batch""",
-                    seq=seq, before=before, states=_to_json([state.value for state in states]), batch=batch,
-                )  # fmt: skip
-                if not dry_run:
-                    self._remove([row[0] for row in rows])
-                if not rows and not dry_run:
-                    self._change("DELETE FROM counts WHERE n = 0")
-            if not rows:
-                return
-            seq = rows[-1][0]
-            yield [row[1] for row in rows]
+    def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
+        """Remove jobs that ended before a moment, a batch at a time; the ids of each batch.
+
+        The transactions are so small, and so far apart, that no worker waits for long.
+        """
+        for state in states:
+            seq = 0
+            while rows := self._prune_batch(state, seq, before, batch, dry_run):
+                yield [row[1] for row in rows]
+                seq = rows[-1][0]
+                time.sleep(0 if dry_run else PRUNE_REST_S)
+        if not dry_run:
+            with self.writing():
+                self._change("DELETE FROM counts WHERE n = 0")
+
+    def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
+        with contextlib.nullcontext() if dry_run else self.writing():
+            rows = self._all(
+                """SELECT seq, id FROM jobs WHERE state = :state AND seq > :seq AND finished_at < :before
+                    ORDER BY seq LIMIT :batch""",
+                state=state.value, seq=seq, before=before, batch=batch,
+            )  # fmt: skip
+            if not dry_run:
+                self._remove([row[0] for row in rows])
+        return rows
 
     def purge_dead(self, which: Selection) -> list[str]:
         """Remove dead jobs for good; the ids, whose logs are to be removed."""
@@ -1494,6 +1509,7 @@ class Store:
 
     def _tallies(self, seqs: Sequence[int] | None) -> dict[str, float]:
         buckets = ", ".join(f"coalesce(sum(s <= {bucket}), 0)" for bucket in BUCKETS_S)
+        which = "1" if seqs is None else "job IN (SELECT value FROM json_each(:seqs))"
         tallies: dict[str, float] = {}
         for kind, seconds in (("run", "ended_at - started_at"), ("wait", "started_at - since")):
             row = self._one(
@@ -1501,8 +1517,7 @@ class Store:
                     SELECT max(0, {seconds}) / 1000.0 AS s, cpu_s AS cpu FROM (
                         SELECT attempts.*, max(jobs.created_at, coalesce(jobs.run_at, 0)) AS since
                         FROM attempts JOIN jobs ON jobs.seq = attempts.job
-                        WHERE ('{kind}' = 'run' OR n = 1)
-                        AND (:seqs IS NULL OR jobs.seq IN (SELECT value FROM json_each(:seqs)))))""",
+                        WHERE ('{kind}' = 'run' OR n = 1) AND {which}))""",
                 seqs=None if seqs is None else _to_json(seqs),
             )
             tallies |= {f"{kind} count": row[0], f"{kind} sum": row[1], f"{kind} cpu": row[2]}
@@ -1510,10 +1525,12 @@ class Store:
         return tallies
 
     def cut_off(self, most: int = 1000) -> int:
-        """How many failed and dead jobs their time-out has ended, up to a number."""
+        """How many of the newest failed and of the newest dead jobs their time-out has ended."""
         row = self._one(
-            """SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state IN ('failed', 'dead')
-                AND error LIKE 'timed out%' LIMIT :most)""",
+            """SELECT count(*) FROM (
+                SELECT * FROM (SELECT error FROM jobs WHERE state = 'failed' ORDER BY seq DESC LIMIT :most) UNION ALL
+                SELECT * FROM (SELECT error FROM jobs WHERE state = 'dead' ORDER BY seq DESC LIMIT :most))
+                WHERE error LIKE 'timed out%'""",
             most=most,
         )
         return int(row[0])
@@ -2377,10 +2394,10 @@ else:
         for fd in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(fd), False)
-        bytearray(4 << 20)  # teaches glibc not to give memory back after every statement that sorts
-        pr_set_child_subreaper = 36
-        with contextlib.suppress(AttributeError, OSError):  # Linux has it alone
+        pr_set_child_subreaper, m_trim_threshold = 36, -1
+        with contextlib.suppress(AttributeError, OSError):  # Linux and its glibc have these alone
             _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+            _libc().mallopt(m_trim_threshold, 64 << 20)  # memory goes back and forth with every statement otherwise
 
     def _libc() -> Any:
         import ctypes
@@ -2390,8 +2407,14 @@ else:
     def start_detached(arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
         """A worker process of its own; what it has to say until it is up, and then nothing.
 
-        It is forked, so that workers share the memory of what they have imported.
+        It is forked, so that workers share the memory of what has been imported before.
         """
+        import ctypes  # noqa: F401
+        import gc
+        import logging  # noqa: F401
+        import socket  # noqa: F401
+
+        gc.freeze()  # a collection in a worker would copy every page that it looks at
         reader, writer = os.pipe()
         if os.fork():
             os.close(writer)

@@ -200,7 +200,7 @@ Spec = dict[str, Any]  # the fields of a job to be, checked, as columns hold the
 _Check = Callable[[Any], Any]
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
 _DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?")
-_DURATION = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:ms|[smhdw])?")
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:ms|[smhdw])?")
 _UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -329,6 +329,14 @@ def parse_duration(text: str) -> int | float:
     units = [(part, part.lstrip("0123456789.")) for part in parts]
     total = sum((float(part.removesuffix(unit)) * _UNIT_S[unit or "s"] for part, unit in units), 0.0)
     return int(total) if total.is_integer() else total
+
+
+def option_duration(option: str, text: str) -> float:
+    """The seconds that an option of a command names."""
+    try:
+        return float(_number(0)(parse_duration(text)))
+    except BadInput as error:
+        raise BadInput(f"{option} {error}") from None
 
 
 def _parse_moment(text: str) -> int | float | str:
@@ -3600,7 +3608,7 @@ def refuse_several(count: int) -> None:
 @with_store
 def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
     """Let each worker finish its job and leave; waits for them."""
-    timeout_s = math.inf if timeout is None else parse_duration(timeout)
+    timeout_s = math.inf if timeout is None else option_duration("--timeout", timeout)
     told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
     if left:
         raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
@@ -3719,7 +3727,7 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
     some = bool(ids or tag or queue)
     jobs = some_of(store.chosen(Selection(ids, tag, queue))) if some else []
     total = len(jobs) if some else sum(store.counts().values())
-    timeout_s = math.inf if timeout is None else parse_duration(timeout)
+    timeout_s = math.inf if timeout is None else option_duration("--timeout", timeout)
     warn_if_nobody_works(home, store)
     with progress_to(total) as progress:
         found = wait_for_jobs(store, [job.seq for job in jobs] if some else None, timeout_s, progress)
@@ -3938,7 +3946,7 @@ def check_limit(text: str) -> int:
 @with_store
 def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_run: bool, as_json: bool) -> None:
     """Remove jobs that have ended, and their logs."""
-    before = now_ms() - round(parse_duration(older_than) * 1000) + 1
+    before = now_ms() - round(option_duration("--older-than", older_than) * 1000) + 1
     removed = 0
     for ids in store.prune([State(state) for state in states] or ENDED, before, dry_run=dry_run):
         removed += len(ids)

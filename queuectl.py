@@ -73,6 +73,7 @@ WORKER_CACHE_KIB = 512  # a worker looks at few pages; it does not grow with the
 LIST_ROWS = 100  # rows that a table shows unless told
 LOW_DISK_BYTES = 100 << 20  # where `doctor` begins to worry
 MAX_COMMAND_BYTES = 128 * 1024
+MAX_DELAY_S = 100 * 366 * 86_400  # of a job; the moment it leads to must have a date
 MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day that datetime knows
 EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127, 126, 75, 124, 130
 
@@ -368,7 +369,7 @@ FIELDS = {
     "max_retries": Field(_integer(0, 2**31 - 1), "Retries after the first attempt.", parse_number, metavar="N"),
     "timeout": Field(_number(0), "Longest time of an attempt, 0 for none.", parse_duration, metavar="TIME"),
     "run_at": Field(_moment, "Not before: Unix seconds or ISO 8601.", _parse_moment, metavar="WHEN"),
-    "delay": Field(_number(0), "Not before this long from now.", parse_duration, metavar="TIME"),
+    "delay": Field(_number(0, high=MAX_DELAY_S), "Not before this long from now.", parse_duration, metavar="TIME"),
     "backoff_base": Field(_number(0, above=True), "Wait this ** n after failed attempt n.", parse_number, metavar="N"),
     "queue": Field(_name, "The queue that it waits in; default `default`.", metavar="Q"),
     "tag": Field(_name, "A label to select by.", metavar="T"),
@@ -591,7 +592,7 @@ def backoff_s(job: Job, settings: Settings, chance: float) -> float:
         delay = base**job.attempts
     except OverflowError:
         delay = math.inf
-    delay = min(delay, settings.backoff_max or math.inf, MAX_SECONDS / 10)
+    delay = min(delay, settings.backoff_max or math.inf, MAX_DELAY_S)
     return delay * (1 + settings.backoff_jitter * chance)
 
 

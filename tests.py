@@ -3588,7 +3588,8 @@ def fuzzing(home: Home, what: str) -> Iterator[tuple[Fuzz, Callable[..., tuple[i
             return int(db.execute("PRAGMA data_version").fetchone()[0])
 
         def run(*words: str, stdin: bytes = b"") -> tuple[int, str]:
-            before = version()
+            before = version()  # and the words as a system hands them over, whatever they hold
+            words = tuple(w.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape") for w in words)
             code, out, err = in_process(*words, stdin=stdin)
             note = (words, stdin, code, out, err)
             assert code in (0, 1, 2), note

@@ -1484,18 +1484,26 @@ class Store:
         )
         return [Attempt._make(row) for row in rows]
 
-    def obstacles(self, job: Job) -> Obstacles:
-        """What stands between a waiting job and a worker."""
-        parents = self._all(
+    def obstacles(self, jobs: Sequence[Job], workers: list[WorkerRow]) -> list[Obstacles]:
+        """What stands between each of these jobs and the workers, of which only the living are to be given."""
+        queues = {row.name: row for row in self.queues()}
+        nothing = QueueRow("", False, None, dict.fromkeys(State, 0))  # its last job has just gone
+        rows = [queues.get(job.queue, nothing) for job in jobs]
+        return [
+            Obstacles(
+                self._missing_parents(job) if job.blockers else [],
+                row.paused, row.max_running, row.counts[State.PROCESSING], workers,
+            )
+            for job, row in zip(jobs, rows, strict=True)
+        ]  # fmt: skip
+
+    def _missing_parents(self, job: Job) -> list[str]:
+        rows = self._all(
             """SELECT id FROM jobs WHERE state <> 'completed'
                 AND seq IN (SELECT parent FROM dependencies WHERE child = :seq) ORDER BY seq""",
             seq=job.seq,
         )
-        queue = self._one("SELECT paused, max_running FROM queues WHERE name = :queue", queue=job.queue) or (0, None)
-        running = self._one("SELECT n FROM counts WHERE state = 'processing' AND queue = :queue", queue=job.queue)
-        return Obstacles(
-            [row[0] for row in parents], bool(queue[0]), queue[1], running[0] if running else 0, self.workers()
-        )
+        return [row[0] for row in rows]
 
     def paused(self) -> list[str]:
         """The queues in which nothing new is started."""
@@ -3094,28 +3102,30 @@ def why_waiting(job: Job, found: Obstacles, now: int) -> tuple[str | None, str |
     return "waiting for a free worker", None
 
 
-def job_rows(jobs: Sequence[Job], now: int) -> list[list[str]]:
+def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[list[str]]:
     """The cells of `list`, a row for each job."""
     return [
         [
             job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
-            printable(command_line(job.command)),
+            why_waiting(job, obstacles, now)[0] or "-", printable(command_line(job.command)),
         ]
-        for job in jobs
+        for job, obstacles in zip(jobs, found, strict=True)
     ]  # fmt: skip
 
 
-JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "COMMAND")
+JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WAITS", "COMMAND")
 
 
-def job_lines(jobs: Sequence[Job], more: int, now: int, width: int) -> Iterator[str]:
+def job_lines(
+    jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: int, width: int
+) -> Iterator[str]:
     """What `list` prints."""
     if not jobs and not more:
         yield "no jobs"
         return
     if more:
         yield f"({more} older jobs are not shown; --limit shows more)"
-    yield from table(JOB_HEAD, job_rows(jobs, now), width)
+    yield from table(JOB_HEAD, job_rows(jobs, found, now), width)
 
 
 def show_lines(job: Job, history: Sequence[Attempt], reason: tuple[str | None, str | None], log: str,
@@ -3666,18 +3676,18 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
 def list_jobs(home: Home, store: Store, state: str | None, queue: str | None, tag: str | None, limit: int | None,
               sort: str, as_json: bool) -> None:  # fmt: skip
     """Show jobs in the order of enqueueing."""
-    show_jobs(store, Selection(tag=tag, queue=queue), [state] if state else [], limit, as_json, sort)
+    show_jobs(home, store, Selection(tag=tag, queue=queue), [state] if state else [], limit, as_json, sort)
 
 
-def show_jobs(
-    store: Store, where: Selection, states: Sequence[str], limit: int | None, as_json: bool, sort: str = "seq"
-) -> None:
+def show_jobs(home: Home, store: Store, where: Selection, states: Sequence[str], limit: int | None, as_json: bool,
+              sort: str = "seq") -> None:  # fmt: skip
     """Print jobs, and how many more there are."""
     if as_json:
         say_json([job_json(job) for job in store.jobs(where, states, limit, sort)])
         return
     jobs = store.jobs(where, states, LIST_ROWS if limit is None else limit, sort)
-    say(job_lines(jobs, store.how_many(where, states) - len(jobs), now_ms(), width()))
+    found = store.obstacles(jobs, living_workers(home, store))
+    say(job_lines(jobs, found, store.how_many(where, states) - len(jobs), now_ms(), width()))
 
 
 @cli.command()
@@ -3688,7 +3698,8 @@ def show(home: Home, store: Store, id: str, as_json: bool) -> None:
     """Show one job, whole, with its attempts and why it is not running."""
     job = store.get(id)
     history = store.history(job)
-    reason = why_waiting(job, store.obstacles(job), now_ms())
+    [found] = store.obstacles([job], living_workers(home, store))
+    reason = why_waiting(job, found, now_ms())
     if as_json:
         say_json(job_json(job) | {"reason": reason[0], "history": [attempt_json(a) for a in history]})
     else:
@@ -3815,7 +3826,7 @@ all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 @with_store
 def dlq_list(home: Home, store: Store, queue: str | None, tag: str | None, limit: int | None, as_json: bool) -> None:
     """Show dead jobs."""
-    show_jobs(store, Selection(tag=tag, queue=queue), [State.DEAD.value], limit, as_json)
+    show_jobs(home, store, Selection(tag=tag, queue=queue), [State.DEAD.value], limit, as_json)
 
 
 @dlq.command("retry")

@@ -50,7 +50,6 @@ call :await broken dead
 call :await later completed
 set "FIRST="
 for /f %%L in (order.txt) do if not defined FIRST set "FIRST=%%L"
-call :run show high
 if not defined FAILED if not "%FIRST%"=="high" set "FAILED=the high priority did not run first"
 
 call :step 6. Look: list, logs, show, metrics
@@ -128,6 +127,7 @@ goto look
 :failed
 echo.
 python "%SCRIPT%" list
+for %%J in (hello broken low high slow later kept) do python "%SCRIPT%" show %%J
 python "%SCRIPT%" worker stop --now
 if exist "%QUEUECTL_HOME%\worker.log" type "%QUEUECTL_HOME%\worker.log"
 call :clean

@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -1901,6 +1902,7 @@ def test_workers_do_not_keep_what_their_starter_had_open(home: Home) -> None:
         home.start(1, pass_fds=[writer])
         os.close(writer)
         home.ended(home.add())
+        same(select.select([reader], [], [], DEADLINE_S)[0], [reader])
         same(os.read(reader, 1), b"")
     finally:
         os.close(reader)

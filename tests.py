@@ -1886,6 +1886,18 @@ def test_workers_foreground_stays_until_told(home: Home) -> None:
 
 
 @posix
+def test_workers_ctrl_c_is_not_meant_for_their_jobs(home: Home) -> None:
+    """Ctrl-C at a foreground worker reaches every process of its terminal, and yet the job finishes."""
+    process = home.popen("worker", "start", "--foreground", start_new_session=True)
+    home.add("echo up; while [ ! -e go ]; do sleep 0.02; done", id="a", timeout=0, max_retries=0)
+    home.until_up("a")
+    os.killpg(process.pid, signal.SIGINT)
+    (home.work / "go").touch()
+    process.communicate(timeout=DEADLINE_S)
+    same((process.returncode, home.state("a"), home.job("a").attempts), (0, "completed", 1))
+
+
+@posix
 def test_workers_outlive_the_terminal(home: Home) -> None:
     """A worker has a session of its own, and a hangup does not end it."""
     (row,) = home.start()
@@ -2316,8 +2328,13 @@ def test_completion_and_service_print_what_they_are_for(home: Home) -> None:
     assert "_QUEUECTL_COMPLETE" in home.out("completion", "zsh")
     unit = home.out("service")
     assert "--foreground" in unit and str(home.path) in unit, unit
-
-
+    verifier = shutil.which("systemd-analyze")
+    if verifier:  # where systemd is, it takes the unit without a word
+        path = home.path.parent / "queuectl@1.service"
+        path.write_text(unit)
+        env = {**home.env, "XDG_RUNTIME_DIR": str(path.parent)}
+        ran = subprocess.run([verifier, "--user", "verify", path], capture_output=True, text=True, env=env)
+        same((ran.returncode, ran.stdout + ran.stderr), (0, ""))
 
 def test_list_selects_and_says_how_many_more(home: Home) -> None:
     """`list` shows at most 100 rows unless told, says how many more, and selects by state, queue and tag."""

@@ -3378,7 +3378,8 @@ class Program(click.Group):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            # On Windows click would expand `*` and `%` in the words of a command, which are not ours.
+            code = super().main(*args, **{**kwargs, "standalone_mode": False, "windows_expand_args": False})
         except QueueError as error:
             code = _fail(str(error), error.exit_code)
         except click.ClickException as error:

@@ -28,6 +28,7 @@ The file, from top to bottom; a section uses only those above it:
     schema          migrations, append-only
     store           all SQL, all of sqlite3
     platform        every difference between systems: spawn, end a tree, wait, wake
+    surroundings    the home on disk, the environment, the terminal
     running         one attempt, from command to outcome
     worker          claim, run, record
     workers         starting, stopping and waking workers
@@ -52,7 +53,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
 import click
 
@@ -64,7 +65,7 @@ HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
-STOP_LOOK_S = 0.02  # how often a command that waits looks
+WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
 PAGE_BYTES = 2048  # a job's step touches eight pages and writes them whole: small ones are faster
 WORKER_CHECKPOINT_PAGES = 8_000  # a checkpoint waits for the disk, so workers let the WAL grow to 16 MB
@@ -190,6 +191,7 @@ class Attempt(NamedTuple):
     ended_at: int
     exit_code: int | None
     signal: int | None
+    ended_by: str  # the value of an End
     error: str | None
     max_rss: int | None  # bytes, of its largest process
     cpu_s: float | None
@@ -308,7 +310,7 @@ def _moment(value: Any) -> int:
     return round(float(value) * 1000)
 
 
-def _directory(value: Any) -> str:
+def _nonempty(value: Any) -> str:
     if not _text(value):
         raise BadInput("must not be empty")
     return str(value)
@@ -373,8 +375,8 @@ FIELDS = {
     "backoff_base": Field(_number(0, above=True), "Wait this ** n after failed attempt n.", parse_number, metavar="N"),
     "queue": Field(_name, "The queue that it waits in; default `default`.", metavar="Q"),
     "tag": Field(_name, "A label to select by.", metavar="T"),
-    "key": Field(_name, "One job of this key at a time: another enqueues nothing.", metavar="K"),
-    "cwd": Field(_directory, "Where it runs; default: here.", metavar="DIR"),
+    "key": Field(_nonempty, "One job of this key at a time: another enqueues nothing.", metavar="K"),
+    "cwd": Field(_nonempty, "Where it runs; default: here.", metavar="DIR"),
     "env": Field(_environment, "A variable for it; K alone: as it is here.", _parse_environment, "many", "K=V"),
     "after": Field(_list_of(_id, "ids"), "Start only once this job has completed.", list, "many", "ID"),
     "hold": Field(_flag, "Wait until `release`.", bool, "flag"),
@@ -675,8 +677,8 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             # One line for each column stands at the class Attempt; n counts the rows of a job.
             """CREATE TABLE attempts (
                 job INTEGER NOT NULL, n INTEGER NOT NULL, number INTEGER NOT NULL, worker INTEGER NOT NULL,
-                started_at INTEGER NOT NULL, ended_at INTEGER NOT NULL, exit_code INTEGER, signal INTEGER, error TEXT,
-                max_rss INTEGER, cpu_s REAL, log_start INTEGER, log_end INTEGER,
+                started_at INTEGER NOT NULL, ended_at INTEGER NOT NULL, exit_code INTEGER, signal INTEGER,
+                ended_by TEXT NOT NULL, error TEXT, max_rss INTEGER, cpu_s REAL, log_start INTEGER, log_end INTEGER,
                 PRIMARY KEY (job, n)) WITHOUT ROWID""",
             # The child waits until the parent has completed.
             """CREATE TABLE dependencies (
@@ -722,10 +724,12 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
                 INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
             END""",
-            """CREATE TRIGGER jobs_deleted BEFORE DELETE ON jobs BEGIN
+            """CREATE TRIGGER jobs_before_delete BEFORE DELETE ON jobs WHEN OLD.state = 'completed' BEGIN
+                DELETE FROM dependencies WHERE parent = OLD.seq;
+            END""",
+            """CREATE TRIGGER jobs_deleted AFTER DELETE ON jobs BEGIN
                 UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
                 DELETE FROM attempts WHERE job = OLD.seq;
-                DELETE FROM dependencies WHERE parent = OLD.seq AND OLD.state = 'completed';
                 DELETE FROM dependencies WHERE child = OLD.seq;
             END""",
             # The next three keep `blockers`: the parents of a job that have not completed, those
@@ -840,7 +844,7 @@ def _domain_error(path: str, error: sqlite3.Error) -> StoreError:
     if "locked" in text or "busy" in text:
         return StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done")
     if "full" in text or "disk I/O" in text:  # a shared memory file that cannot grow is an I/O error
-        return StoreError(f"cannot write {path}, its disk is full ({text}); nothing was stored")
+        return StoreError(f"cannot write {path}, its disk is full or failing ({text}); nothing was stored")
     if "not a database" in text or "malformed" in text:
         return StoreError(f"{path} is damaged ({text}); move it away, or put a backup in its place")
     return StoreError(f"cannot use {path}: {text}")
@@ -982,7 +986,7 @@ class Store:
         return int(self._one("PRAGMA data_version")[0])
 
     def sync(self) -> None:
-        """Put on disk what has been committed so far, whatever `durable` says."""
+        """Put on disk what has been committed so far, whatever `durable` says: only a commit that writes does."""
         self._change("PRAGMA synchronous = FULL")
         with self.writing():
             self._change("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
@@ -1034,7 +1038,7 @@ class Store:
             if holder:
                 self._change("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder[0])
             else:
-                self._land_where(f"n = {int(n)}", last, now)
+                self._land_where("n = :n", last, now, n=n)
         for n, id, after, origin in self._all(
             "SELECT n, id, after, origin FROM staged WHERE is_new AND after IS NOT NULL ORDER BY n"
         ):
@@ -1050,13 +1054,13 @@ class Store:
         ):
             pass  # somebody chose just the id that we made up
 
-    def _land_where(self, condition: str, last: int, now: int) -> None:
+    def _land_where(self, condition: str, last: int, now: int, **values: int) -> None:
         columns = ", ".join(_GIVEN)
         self._change(
             f"""INSERT INTO jobs (seq, due_at, updated_at, {columns})
                 SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, {columns}
                 FROM staged WHERE is_new AND {condition} ORDER BY n""",
-            last=last, now=now,
+            **values, last=last, now=now,
         )  # fmt: skip
 
     def _pass_over_existing(self, skip_existing: bool) -> None:
@@ -1155,11 +1159,11 @@ class Store:
     def _keep_attempt(self, job: Job, outcome: Outcome, now: int) -> None:
         self._change(
             """INSERT INTO attempts VALUES (:job, (SELECT count(*) FROM attempts WHERE job = :job) + 1,
-                :number, :worker, :started_at, :now, :exit_code, :signal, :error, :max_rss, :cpu_s,
+                :number, :worker, :started_at, :now, :exit_code, :signal, :ended_by, :error, :max_rss, :cpu_s,
                 :log_start, :log_end)""",
             job=job.seq, number=job.attempts, worker=job.worker, started_at=job.started_at, now=now,
-            exit_code=outcome.exit_code, signal=outcome.signal, error=outcome.error, max_rss=outcome.max_rss,
-            cpu_s=outcome.cpu_s, log_start=outcome.log_start, log_end=outcome.log_end,
+            exit_code=outcome.exit_code, signal=outcome.signal, ended_by=outcome.end.value, error=outcome.error,
+            max_rss=outcome.max_rss, cpu_s=outcome.cpu_s, log_start=outcome.log_start, log_end=outcome.log_end,
         )  # fmt: skip
 
     def next_due(self) -> int | None:
@@ -1218,17 +1222,18 @@ class Store:
 
     def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
         """How many jobs fit; from the counts where no tag is asked for."""
-        if where.tag:
-            return len(self.jobs(where, states))
+        source = "(SELECT queue, state, tag, 1 AS n FROM jobs WHERE tag = :tag)" if where.tag else "counts"
         row = self._one(
-            """SELECT coalesce(sum(n), 0) FROM counts WHERE (:queue IS NULL OR queue = :queue)
+            f"""SELECT coalesce(sum(n), 0) FROM {source} WHERE (:queue IS NULL OR queue = :queue)
                 AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))""",
-            queue=where.queue, states=_to_json(list(states)) if states else None,
+            tag=where.tag, queue=where.queue, states=_to_json(list(states)) if states else None,
         )  # fmt: skip
         return int(row[0])
 
     def _choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
         """The jobs selected, all of them in one of the states; QueueError for a named one that is not."""
+        if which.ids and (which.tag or which.queue or which.every):
+            raise BadInput("name jobs by id, or choose them with --tag, --queue or --all: not both")
         if which.ids:
             chosen = [self.get(id) for id in dict.fromkeys(which.ids)]
             for job in chosen:
@@ -1307,7 +1312,7 @@ class Store:
             chosen = self._choose(which, [State.DEAD], "retried")
             for job in chosen:
                 self._revive(job, now)
-            for parent in [parent for job in chosen for parent in self._lost_parents(job)]:
+            for parent in self._lost_parents():
                 self._doom(parent, now)
             tried = [self.get(job.id) for job in chosen]
             for job in tried:
@@ -1319,7 +1324,9 @@ class Store:
         try:
             self._change(
                 """UPDATE jobs SET state = 'pending', attempts = 0, due_at = NULL, doomed_by = NULL,
-                    updated_at = :now, finished_at = NULL WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq)
+                    updated_at = :now, finished_at = NULL WHERE state = 'dead' AND (seq = :seq OR (doomed_by = :seq
+                        AND (key IS NULL OR NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
+                            AND other.state IN ('pending', 'processing', 'failed')))))
                     AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
                         AND parent NOT IN (SELECT seq FROM jobs))""",
                 seq=job.seq, now=now,
@@ -1327,12 +1334,13 @@ class Store:
         except sqlite3.IntegrityError:
             raise QueueError(f"job {job.id} cannot be retried: another of key {job.key!r} has not ended") from None
 
-    def _lost_parents(self, job: Job) -> list[Job]:
+    def _lost_parents(self) -> list[Job]:
+        """Jobs that will never complete while others wait for them."""
         rows = self._all(
             _SELECT
-            + """WHERE state IN ('dead', 'cancelled')
-                AND seq IN (SELECT parent FROM dependencies WHERE child = :seq)""",
-            seq=job.seq,
+            + """WHERE state IN ('dead', 'cancelled') AND seq IN (
+                SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
+                WHERE waiting.state IN ('pending', 'failed'))"""
         )
         return [job_from_row(row) for row in rows]
 
@@ -1534,8 +1542,8 @@ class Store:
                     SELECT max(0, {seconds}) / 1000.0 AS s, cpu_s AS cpu FROM (
                         SELECT attempts.*, max(jobs.created_at, coalesce(jobs.run_at, 0)) AS since
                         FROM attempts JOIN jobs ON jobs.seq = attempts.job
-                        WHERE ('{kind}' = 'run' OR n = 1) AND {which}))""",
-                seqs=None if seqs is None else _to_json(seqs),
+                        WHERE (:kind = 'run' OR n = 1) AND {which}))""",
+                kind=kind, seqs=None if seqs is None else _to_json(seqs),
             )
             tallies |= {f"{kind} count": row[0], f"{kind} sum": row[1], f"{kind} cpu": row[2]}
             tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
@@ -1545,11 +1553,11 @@ class Store:
         """How many of the newest failed and of the newest dead jobs their time-out has ended."""
         row = self._one(
             """SELECT count(*) FROM (
-                SELECT * FROM (SELECT error FROM jobs WHERE state = 'failed' ORDER BY seq DESC LIMIT :most) UNION ALL
-                SELECT * FROM (SELECT error FROM jobs WHERE state = 'dead' ORDER BY seq DESC LIMIT :most))
-                WHERE error LIKE 'timed out%'""",
-            most=most,
-        )
+                SELECT * FROM (SELECT seq FROM jobs WHERE state = 'failed' ORDER BY seq DESC LIMIT :most) UNION ALL
+                SELECT * FROM (SELECT seq FROM jobs WHERE state = 'dead' ORDER BY seq DESC LIMIT :most)) AS newest
+                WHERE (SELECT ended_by FROM attempts WHERE job = newest.seq ORDER BY n DESC LIMIT 1) = :timed_out""",
+            most=most, timed_out=End.TIMED_OUT.value,
+        )  # fmt: skip
         return int(row[0])
 
     # ---- the database as a patient
@@ -1588,8 +1596,9 @@ class Store:
                 """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
                     ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
             )
-            self._change(
-                """UPDATE jobs SET state = 'failed', error = 'its worker is not known', updated_at = :now
+            self._change(  # a worker that is not alive: the next that is will see to what it left
+                """INSERT INTO workers (id, pid, host, slot, started_at)
+                    SELECT DISTINCT worker, 0, '', 0, :now FROM jobs
                     WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)""",
                 now=now,
             )
@@ -1604,16 +1613,22 @@ class Store:
 
     def restore(self, path: str) -> None:
         """Take the place of this database by a copy; ids that were made up since are not made up again."""
-        made = (self._one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or (0,))[0]
-        with Store(path) as copy:
-            if problems := copy.damage():
-                raise StoreError(f"{path} is damaged: {problems[0]}")
-            try:
-                copy._db.backup(self._db)
-            except sqlite3.Error as error:
-                raise _domain_error(self.path, error) from error
+        made = (self._one("SELECT max(seq) FROM sqlite_sequence WHERE name = 'jobs'") or (0,))[0] or 0
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                if copy.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+                    raise StoreError(f"{path} is no backup of a queue")
+                if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
+                    raise StoreError(f"{path} is damaged; nothing was restored")
+                if copy.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
+                    raise StoreError(f"{path} was made by a newer queuectl; upgrade queuectl")
+                copy.backup(self._db)
+        except sqlite3.Error as error:
+            raise _domain_error(path, error) from error
+        self._bring_up(PATIENCE_S)
         with self.writing():
-            self._change("UPDATE sqlite_sequence SET seq = max(seq, :made) WHERE name = 'jobs'", made=made)
+            if not self._change("UPDATE sqlite_sequence SET seq = max(seq, :made) WHERE name = 'jobs'", made=made):
+                self._change("INSERT INTO sqlite_sequence VALUES ('jobs', :made)", made=made)
 
     def set_clock_back(self, now: int) -> None:
         """Retries counted from a moment that now lies ahead are counted from now."""
@@ -1657,6 +1672,12 @@ class Exit(NamedTuple):
     cpu_s: float | None
 
 
+def file_identity(path: str) -> tuple[int, int]:
+    """What stays the same of a file, whatever is written to it."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
 class Home(NamedTuple):
     """The directory that holds one queue."""
 
@@ -1686,148 +1707,6 @@ class Home(NamedTuple):
             return file_identity(self.database) == database
         except OSError:
             return False
-
-
-def open_home() -> Home:
-    """The home that QUEUECTL_HOME names, made for its owner alone where it is missing."""
-    home = Home(os.path.realpath(os.environ.get("QUEUECTL_HOME") or os.path.expanduser("~/.queuectl")))
-    try:
-        if not os.path.isdir(home.path):
-            os.makedirs(home.path, 0o700, exist_ok=True)
-        refuse_if_shared(home.path)
-        for directory in (home.log(""), home.bell(0)):
-            os.makedirs(os.path.dirname(directory), 0o700, exist_ok=True)
-        make_private_file(home.database)
-    except OSError as error:
-        raise QueueError(f"cannot use {home.path} as home: {error.strerror}; set QUEUECTL_HOME to another") from error
-    return home
-
-
-def home_problems(home: Home, jobs: Callable[[str], bool]) -> Iterator[str]:
-    """What is wrong with a home beside its database; `jobs` says whether a job of that id exists."""
-    for path in (home.path, home.database, home.worker_log):
-        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
-            yield f"{path} cannot be read and written"
-        elif os.path.exists(path) and is_open_to_others(path):
-            yield f"{path} can be read by others; run: chmod go= {path}"
-    if is_remote(home.path):
-        yield f"{home.path} is on a network file system, which cannot hold a WAL database; use a local one"
-    logs = os.listdir(os.path.dirname(home.log("")))
-    stray = [name for name in logs if not (name.endswith(".log") and jobs(name.removesuffix(".log")))]
-    if stray:
-        yield f"{len(stray)} logs belong to no job, {stray[0]} among them"
-
-
-def remove_stray_logs(home: Home, jobs: Callable[[str], bool]) -> None:
-    """Remove the logs that belong to no job."""
-    for name in os.listdir(os.path.dirname(home.log(""))):
-        if not (name.endswith(".log") and jobs(name.removesuffix(".log"))):
-            remove_file(os.path.join(os.path.dirname(home.log("")), name))
-
-
-def free_bytes(path: str) -> int:
-    """What the disk that holds a path has left."""
-    import shutil
-
-    return shutil.disk_usage(path).free
-
-
-def make_private(home: Home) -> None:
-    """Take the home and its files from everybody but their owner."""
-    for folder, _, names in os.walk(home.path):
-        os.chmod(folder, 0o700)
-        for name in names:
-            with contextlib.suppress(OSError):
-                os.chmod(os.path.join(folder, name), 0o600)
-
-
-def existing(path: str) -> str:
-    """A path that must lead to a file."""
-    if not os.path.isfile(path):
-        raise NotFound(f"there is no file {printable(path)}")
-    return path
-
-
-def publish(made: str, path: str) -> None:
-    """Put a finished file in its place, in one step."""
-    os.replace(made, path)
-
-
-def make_private_file(path: str) -> None:
-    """A file for its owner alone; one that is there stays as it is."""
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-
-
-def own_pid() -> int:
-    """The id of this process."""
-    return os.getpid()
-
-
-def wants_colour() -> bool | None:
-    """False where the user said NO_COLOR; None leaves it to the terminal."""
-    return False if os.environ.get("NO_COLOR") else None
-
-
-def terminal_columns() -> int:
-    """How wide the terminal is."""
-    import shutil
-
-    return shutil.get_terminal_size().columns
-
-
-def silence_output() -> None:
-    """Whoever reads our output has gone: let what is left of it go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-@contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Exit without taking the interpreter apart: a tenth of the time that a short command takes."""
-    try:
-        yield
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError as error:  # whoever read it may just have seen enough
-            code = code or int(error.errno not in (errno.EPIPE, errno.EINVAL))
-        os._exit(code)
-
-
-def file_identity(path: str) -> tuple[int, int]:
-    """What stays the same of a file, whatever is written to it."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
-
-
-def here(directory: str = "") -> str:
-    """A directory as seen from where we are."""
-    return os.path.abspath(directory or os.curdir)
-
-
-def with_values(words: Sequence[str]) -> tuple[str, ...]:
-    """`K=V` as typed, and `K` with the value that it has here; BadInput where it has none."""
-    for word in words:
-        if "=" not in word and word not in os.environ:
-            raise BadInput(f"--env names {word}, which is not set here; say {word}=VALUE")
-    return tuple(word if "=" in word else f"{word}={os.environ[word]}" for word in words)
-
-
-def inherited_environment() -> dict[str, str]:
-    """The environment that every job of this worker begins with."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_")}
-
-
-@contextlib.contextmanager
-def input_of(data: bytes) -> Iterator[int]:
-    """A descriptor from which a command reads these bytes."""
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.seek(0)
-        yield file.fileno()
 
 
 def remove_file(path: str) -> None:
@@ -2149,7 +2028,9 @@ else:
     def refuse_if_shared(directory: str) -> None:
         """QueueError where somebody else can write to a directory, as ssh does."""
         found = os.stat(directory)
-        if found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid()):
+        if found.st_uid not in (0, os.geteuid()):
+            raise QueueError(f"{directory} belongs to another user; set QUEUECTL_HOME to a directory of your own")
+        if found.st_mode & 0o022:
             raise QueueError(f"{directory} can be written to by others; run: chmod go-w {directory}")
 
     def is_open_to_others(path: str) -> bool:
@@ -2225,8 +2106,9 @@ else:
         """What `ps` says, a line a process."""
         import subprocess
 
-        said = subprocess.run(["ps", *options], stdout=subprocess.PIPE, check=False).stdout
-        return said.decode(errors="replace").splitlines()
+        with subprocess.Popen(["ps", *options], stdout=subprocess.PIPE) as ps:
+            lines = cast(IO[bytes], ps.stdout).read().decode(errors="replace").splitlines()
+        return [line for line in lines if line.split(None, 1)[0] != str(ps.pid)]  # without itself
 
     def _processes() -> dict[_Identity, int]:
         """Every process that has not ended, and its parent's id."""
@@ -2250,10 +2132,17 @@ else:
             fields = file.read().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[1]), fields[19].decode()
 
+    def _marks(table: Iterable[_Identity]) -> dict[_Identity, str | None]:
+        """The mark in the environment that each process was started with; None where it cleared it."""
+        if _HAS_PROC:
+            return {process: _mark_of(process[0]) for process in table}
+        found = {}
+        for line in _ps("-axEwwo", "pid=,command="):
+            pid, _, rest = line.strip().partition(" ")
+            found[int(pid)] = next(iter(re.findall(rf" {MARK}=(\S+)", rest)), None)
+        return {process: found.get(process[0]) for process in table}
+
     def _mark_of(pid: int) -> str | None:
-        """The mark in the environment that a process was started with; None where it cleared it."""
-        if not _HAS_PROC:
-            return next(iter(re.findall(rf" {MARK}=(\S+)", " ".join(_ps("-Ewwo", "command=", "-p", str(pid))))), None)
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
             _, found, rest = (b"\0" + file.read()).partition(f"\0{MARK}=".encode())
             return os.fsdecode(rest.partition(b"\0")[0]) if found else None
@@ -2270,7 +2159,7 @@ else:
 
     def _family(table: Mapping[_Identity, int], roots: Iterable[_Identity], mark: str) -> set[_Identity]:
         """The roots, every process that bears the mark, and what they started; never another attempt's."""
-        marks = {process: _mark_of(process[0]) for process in table}
+        marks = _marks(table)
         waiting = [*roots, *(process for process in table if marks[process] == mark)]
         found: set[_Identity] = set()
         while waiting:
@@ -2400,7 +2289,7 @@ else:
             writers = [process for process in table if _writes_to(process[0], log)]
             return _family(table, writers, mark)
 
-        return _end_all(find, 0, patience_s=2.0)
+        return _end_all(find, 0, patience_s=0.5)
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
@@ -2436,12 +2325,15 @@ else:
         if os.fork():
             os.close(writer)
             return os.fdopen(reader)
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd, target in ((null, 0), (writer, 1), (writer, 2)):
-            os.dup2(fd, target)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a lock that a script holds is not the worker's
         try:
+            os.setsid()
+            os.chdir("/")  # so that the file system it was started from can be unmounted
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd, target in ((null, 0), (writer, 1), (writer, 2)):
+                os.dup2(fd, target)
+            for fd in [fd for fd in map(int, os.listdir("/dev/fd")) if fd > 2]:
+                with contextlib.suppress(OSError):  # a lock that a script holds is not the worker's
+                    os.close(fd)
             serve()
         finally:
             os._exit(0)
@@ -2451,6 +2343,160 @@ else:
         if os.environ.get(MARK, NO_ATTEMPT) != NO_ATTEMPT:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
             os.execve(sys.executable, command, {**os.environ, MARK: NO_ATTEMPT})
+
+
+# ======================================================================== surroundings
+
+
+def open_home() -> Home:
+    """The home that QUEUECTL_HOME names, made for its owner alone where it is missing."""
+    home = Home(os.path.realpath(os.environ.get("QUEUECTL_HOME") or os.path.expanduser("~/.queuectl")))
+    try:
+        if not os.path.isdir(home.path):
+            os.makedirs(home.path, 0o700, exist_ok=True)
+        refuse_if_shared(home.path)
+        for directory in (home.log(""), home.bell(0)):
+            os.makedirs(os.path.dirname(directory), 0o700, exist_ok=True)
+        make_private_file(home.database)
+    except OSError as error:
+        raise QueueError(f"cannot use {home.path} as home: {error.strerror}; set QUEUECTL_HOME to another") from error
+    return home
+
+
+def home_problems(home: Home, jobs: Callable[[str], bool]) -> Iterator[str]:
+    """What is wrong with a home beside its database; `jobs` says whether a job of that id exists."""
+    for path in (home.path, home.database, home.worker_log):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+            yield f"{path} cannot be read and written"
+        elif os.path.exists(path) and is_open_to_others(path):
+            yield f"{path} can be read by others; run: chmod go= {path}"
+    if is_remote(home.path):
+        yield f"{home.path} is on a network file system, which cannot hold a WAL database; use a local one"
+    stray = stray_logs(home, jobs)
+    if stray:
+        yield f"{len(stray)} logs belong to no job, {stray[0]} among them"
+
+
+def stray_logs(home: Home, jobs: Callable[[str], bool]) -> list[str]:
+    """The files among the logs that belong to no job."""
+    names = os.listdir(os.path.dirname(home.log("")))
+    return [name for name in names if not (name.endswith(".log") and jobs(name.removesuffix(".log")))]
+
+
+def remove_stray_logs(home: Home, jobs: Callable[[str], bool]) -> None:
+    """Remove them."""
+    for name in stray_logs(home, jobs):
+        remove_file(os.path.join(os.path.dirname(home.log("")), name))
+
+
+def free_bytes(path: str) -> int:
+    """What the disk that holds a path has left."""
+    import shutil
+
+    return shutil.disk_usage(path).free
+
+
+def make_private(home: Home) -> None:
+    """Take the home and its files from everybody but their owner."""
+    for folder, _, names in os.walk(home.path):
+        os.chmod(folder, 0o700)
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.chmod(os.path.join(folder, name), 0o600)
+
+
+def existing(path: str) -> str:
+    """A path that must lead to a file."""
+    if not os.path.isfile(path):
+        raise NotFound(f"there is no file {printable(path)}")
+    return path
+
+
+def refuse_own(home: Home, path: str) -> None:
+    """BadInput where a copy of the queue would be the queue itself."""
+    if os.path.realpath(path) == home.database:
+        raise BadInput("that is the queue itself; name another file")
+
+
+def publish(made: str, path: str) -> None:
+    """Put a finished file in its place, in one step."""
+    os.replace(made, path)
+
+
+def make_private_file(path: str) -> None:
+    """A file for its owner alone; one that is there stays as it is."""
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+
+
+def own_pid() -> int:
+    """The id of this process."""
+    return os.getpid()
+
+
+def wants_colour() -> bool | None:
+    """False where the user said NO_COLOR; None leaves it to the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def terminal_columns() -> int:
+    """How wide the terminal is."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def silence_output() -> None:
+    """Whoever reads our output has gone: let what is left of it go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Exit without taking the interpreter apart: a tenth of the time that a short command takes."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a stream that was closed at the start is None
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError as error:  # whoever read it may just have seen enough
+            code = code or int(error.errno not in (errno.EPIPE, errno.EINVAL))
+        os._exit(code)
+
+
+def here(directory: str = "") -> str:
+    """A directory as seen from where we are."""
+    try:
+        return os.path.abspath(directory or os.curdir)
+    except FileNotFoundError:
+        raise QueueError("the current directory is gone; go elsewhere, or give --cwd with a whole path") from None
+
+
+def with_values(words: Sequence[str]) -> tuple[str, ...]:
+    """`K=V` as typed, and `K` with the value that it has here; BadInput where it has none."""
+    for word in words:
+        if "=" not in word and word not in os.environ:
+            raise BadInput(f"--env names {word}, which is not set here; say {word}=VALUE")
+    return tuple(word if "=" in word else f"{word}={os.environ[word]}" for word in words)
+
+
+def inherited_environment() -> dict[str, str]:
+    """The environment that every job of this worker begins with."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_")}
+
+
+@contextlib.contextmanager
+def input_of(data: bytes) -> Iterator[int]:
+    """A descriptor from which a command reads these bytes."""
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        yield file.fileno()
 
 
 # ======================================================================== running
@@ -2470,11 +2516,11 @@ def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[byte
             yield block
 
 
-def tail_start(path: str, lines: int) -> int:
-    """Where the last lines of a log begin."""
+def tail_start(path: str, lines: int, end: int | None = None) -> int:
+    """Where the last lines of a log, or of what it holds up to a place, begin."""
     try:
         with open(path, "rb") as file:
-            return _start_of_last_lines(file, lines)
+            return _start_of_last_lines(file, lines, file.seek(0, os.SEEK_END) if end is None else end)
     except FileNotFoundError:
         return 0
 
@@ -2484,15 +2530,16 @@ def fold_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
+        rest = rest[max(0, rest.rfind(b"\r", 0, len(rest.rstrip(b"\r")))) :]  # what it began anew is gone
         for line in lines:
             yield line.rstrip(b"\r").rpartition(b"\r")[2] + (b"\r\n" if line.endswith(b"\r") else b"\n")
     if rest:
         yield rest.rstrip(b"\r").rpartition(b"\r")[2]
 
 
-def _start_of_last_lines(file: BinaryIO, lines: int) -> int:
-    """Where the last lines of a file begin, read from its end in blocks."""
-    at = size = file.seek(0, os.SEEK_END)
+def _start_of_last_lines(file: BinaryIO, lines: int, size: int) -> int:
+    """Where the last lines of the first `size` bytes begin, read from their end in blocks."""
+    at = size
     tail = b""
     while at and tail[:-1].count(b"\n") < lines:
         at = file.seek(max(0, at - (1 << 16)))
@@ -2500,6 +2547,12 @@ def _start_of_last_lines(file: BinaryIO, lines: int) -> int:
     ending = len(tail) - len(tail.removesuffix(b"\n"))
     kept = tail.removesuffix(b"\n").split(b"\n")[-lines:] if lines else []
     return size - len(b"\n".join(kept)) - ending if kept else size
+
+
+def _ends_line(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 class JobLog:
@@ -2510,7 +2563,8 @@ class JobLog:
         self.fd = open_log(path)
         self.start = os.fstat(self.fd).st_size
         if self.start:
-            self._write(f"--- attempt {attempt}, {iso_time(round(time.time() * 1000))} ---\n")
+            newline = "" if _ends_line(path) else "\n"
+            self._write(f"{newline}--- attempt {attempt}, {iso_time(round(time.time() * 1000))} ---\n")
             self.start = os.fstat(self.fd).st_size
 
     def _write(self, text: str) -> None:
@@ -2618,7 +2672,7 @@ def hook_for(state: State | None, settings: Settings) -> str:
     return {State.COMPLETED: settings.on_complete, State.DEAD: settings.on_dead}.get(state or State.PENDING, "")
 
 
-def run_hook(line: str, home: Home, env: dict[str, str], facts: str, bell: Bell) -> str | None:
+def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, bell: Bell) -> str | None:
     """Run a hook with a job's facts as JSON on its standard input; what went wrong, if anything did."""
     try:
         output = open_log(home.worker_log)
@@ -2628,14 +2682,14 @@ def run_hook(line: str, home: Home, env: dict[str, str], facts: str, bell: Bell)
     deadline = time.monotonic() + HOOK_TIMEOUT_S
     try:
         with input_of(facts.encode()) as given:
-            process = Process(line, home.path, env, output, f"hook@{home.path}", given)
+            process = Process(line, home.path, env, output, mark, given)
         while not (exit := process.poll()) and time.monotonic() < deadline:
             bell.wait(min(LOOK_S, deadline - time.monotonic()), process)
         if not exit:
             process.end(1.0)
         return describe(exit) if exit else f"timed out after {HOOK_TIMEOUT_S:g} s"
-    except OSError as error:
-        return f"cannot start: {error.strerror}"
+    except (OSError, ValueError) as error:
+        return f"cannot start: {error}"
     finally:
         os.close(output)
         if process:
@@ -2659,8 +2713,9 @@ class Worker:
     Workers are equal peers. Each looks after the jobs of those that died.
     """
 
-    def __init__(self, home: Home, store: Store, row: WorkerRow, bell: Bell, say: Callable[[str], None]) -> None:
-        self._home, self._store, self._row, self._bell, self._say = home, store, row, bell, say
+    def __init__(self, home: Home, store: Store, row: WorkerRow, bell: Bell, say: Callable[[str], None],
+                 now: Callable[[], int] = now_ms) -> None:  # fmt: skip
+        self._home, self._store, self._row, self._bell, self._say, self._now = home, store, row, bell, say, now
         self._settings = Settings()
         self._hooks: list[tuple[str, str]] = []  # ids of jobs that have ended, and what is to run for them
         self._signals = 0  # how often it was told by a signal to leave
@@ -2671,7 +2726,7 @@ class Worker:
         }
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
-        self._clock_ms = now_ms() - time.monotonic() * 1000
+        self._clock_ms = self._now() - time.monotonic() * 1000
         self._version = -1  # of the database, when the last claim began
         self._look_at = self._tend_at = 0.0  # by the monotonic clock
         self._memory_kills = 0
@@ -2689,7 +2744,7 @@ class Worker:
             while self._hooks:
                 self._run_hook(*self._hooks.pop(0))
             came_idle = report is None
-            job = self._keep_trying(functools.partial(self._exchange, report))
+            job = self._keep_trying(functools.partial(self._exchange, report), report is not None)
             report = None
             if job:
                 if job.on_lost == "dead":  # not even a power cut may let it run twice
@@ -2697,17 +2752,19 @@ class Worker:
                 if came_idle or job.after:  # what has just become ready may be more than one
                     self._pass_on()
                 report = job, self._attempt(job)
+            elif self._hooks:
+                continue
             elif self._is_leaving() or (came_idle and self._is_drained()):
                 break
             elif came_idle:  # otherwise claim once more first: the version is noted only then
                 self._wait()
-        self._store.unregister(self._row.id)
+        self._keep_trying(functools.partial(self._store.unregister, self._row.id))
 
     # ---- claim and record
 
     def _exchange(self, report: tuple[Job, Outcome] | None) -> Job | None:
         """Record what came of one job and claim the next, in one transaction."""
-        now, store = now_ms(), self._store
+        now, store = self._now(), self._store
         ended: State | None = None
         if not report:
             self._version = store.version_seen()
@@ -2726,26 +2783,30 @@ class Worker:
 
     def _run_hook(self, id: str, line: str) -> None:
         """Run the hook of a job that has ended; what goes wrong is noted, and changes nothing else."""
-        with contextlib.suppress(StoreError):
+        with contextlib.suppress(QueueError):  # it may have been pruned meanwhile
             job = self._store.get(id)
             facts = {
                 "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state.value, "QUEUECTL_QUEUE": job.queue,
                 "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
                 "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
             }  # fmt: skip
-            trouble = run_hook(line, self._home, {**self._env, **facts}, json.dumps(job_json(job)), self._bell)
+            mark = mark_in(self._home, f"hook.{self._row.id}.{self._now()}")
+            trouble = run_hook(line, self._home, {**self._env, **facts}, json.dumps(job_json(job)), mark, self._bell)
             if trouble:
                 self._say(f"hook of job {job.id}: {trouble}")
 
-    def _keep_trying(self, action: Callable[[], _Result]) -> _Result:
-        """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works."""
+    def _keep_trying(self, action: Callable[[], _Result], has_result: bool = False) -> _Result:
+        """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works.
+
+        Told to leave, a worker gives up; with a result in hand only when told twice.
+        """
         while True:
             try:
                 result = action()
             except StoreError as error:
                 self._complain(str(error))
                 self._tend_if_time()
-                if self._signals > 1 or self._is_homeless:
+                if self._signals > has_result or self._is_homeless:
                     raise
                 self._bell.wait(1.0)
             else:
@@ -2767,7 +2828,7 @@ class Worker:
         }
         self._look_at = time.monotonic() + LOOK_S
         outcome = run_attempt(
-            job, self._home.log(job.id), env, attempt_mark(self._home, job), self._settings, self._bell,
+            job, self._home.log(job.id), env, mark_in(self._home, job.mark), self._settings, self._bell,
             functools.partial(self._interrupted, job),
         )  # fmt: skip
         if outcome.end is End.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
@@ -2814,7 +2875,7 @@ class Worker:
         try:
             due = self._store.next_due()
             while not (self._signals or self._is_homeless):
-                left_s = LOOK_S if due is None else min(LOOK_S, (due - now_ms()) / 1000)
+                left_s = LOOK_S if due is None else min(LOOK_S, (due - self._now()) / 1000)
                 if left_s <= 0 or self._bell.wait(left_s) or self._store.version_seen() != self._version:
                     return
                 self._tend_if_time()
@@ -2835,11 +2896,14 @@ class Worker:
             return
         self._tend_at = time.monotonic() + TEND_S
         self._is_homeless = not self._home.is_there(self._database)
+        if self._is_homeless:  # with the bells gone all others would seem dead
+            return
         self._memory_kills = memory_kills()
-        clock_ms = now_ms() - time.monotonic() * 1000
+        clock_ms = self._now() - time.monotonic() * 1000
         try:
             if clock_ms < self._clock_ms - 1000:
-                self._store.set_clock_back(now_ms())
+                self._store.set_clock_back(self._now())
+                self._version = -1  # what we commit ourselves is no news to our connection
             self._clock_ms = clock_ms
             for row in self._store.workers():
                 if row.id != self._row.id and not is_alive(self._home, row.id):
@@ -2848,28 +2912,39 @@ class Worker:
             self._complain(str(error))
 
     def _bury(self, dead: WorkerRow) -> None:
-        """End what a dead worker's job left running; only then may the job be tried again.
-
-        All in one transaction: nobody can claim the job, and write to its log, while we look for who does.
-        """
-        with self._store.writing():
-            for job in self._store.under_way(dead.id):
-                if not end_leftovers(attempt_mark(self._home, job), self._home.log(job.id)):
-                    self._complain(f"job {job.id} of dead worker {dead.id} cannot be ended, tries again")
-                    return
-                lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
-                state = self._store.finish(job, lost, self._settings, now_ms())
-                self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value if state else 'ended'}")
-                if hook := hook_for(state, self._settings):
-                    self._hooks.append((job.id, hook))
-            self._store.unregister(dead.id)
-        remove_file(self._home.bell(dead.id))
+        ended = recover(self._home, self._store, dead, self._settings)
+        if ended is None:
+            self._complain(f"the job of dead worker {dead.id} cannot be ended, tries again")
+            self._tend_at = time.monotonic() + 10 * TEND_S
+            return
+        for job, state in ended:
+            self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value if state else 'ended'}")
+            if hook := hook_for(state, self._settings):
+                self._hooks.append((job.id, hook))
         self._version = -1  # what we commit ourselves is no news to our connection
 
 
-def attempt_mark(home: Home, job: Job) -> str:
-    """The mark that an attempt's processes carry; the home tells it from another queue's."""
-    return f"{job.mark}@{home.path}".replace(" ", "%20")  # one word, for `ps`
+def mark_in(home: Home, what: str) -> str:
+    """The mark that processes of an attempt or a hook carry; the home tells it from another queue's."""
+    return f"{what}@{home.path}".replace(" ", "%20")  # one word, for `ps`
+
+
+def recover(home: Home, store: Store, dead: WorkerRow, settings: Settings) -> list[tuple[Job, State | None]] | None:
+    """End what a dead worker's job left running; only then may the job be tried again.
+
+    All in one transaction: nobody can claim the job, and write to its log, while we look for who
+    does. The jobs and what they have become; None where something of them cannot be ended.
+    """
+    ended = []
+    with store.writing():
+        for job in store.under_way(dead.id):
+            if not end_leftovers(mark_in(home, job.mark), home.log(job.id)):
+                return None
+            lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
+            ended.append((job, store.finish(job, lost, settings, now_ms())))
+        store.unregister(dead.id)
+    remove_file(home.bell(dead.id))
+    return ended
 
 
 def _chance() -> float:
@@ -2915,7 +2990,7 @@ def serve_or_say(home: Home, queues: Sequence[str], drain: bool) -> None:
     """The same for a worker that nobody can see: what goes wrong is said on standard output."""
     try:
         serve(home, queues, drain)
-    except QueueError as error:
+    except (QueueError, OSError) as error:
         print(f"Error: {error}", flush=True)
 
 
@@ -2949,10 +3024,12 @@ def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) ->
     arguments += ["--drain"] * drain
     voices = [start_detached(arguments, lambda: serve_or_say(home, queues, drain)) for _ in range(count)]
     lines = [voice.readline().strip() for voice in voices]
+    started = sorted(int(line.split()[1]) for line in lines if line.startswith("worker "))
     for line in lines:
         if not line.startswith("worker "):
-            raise QueueError(f"a worker did not start: {line.removeprefix('Error: ') or 'see worker.log'}")
-    return sorted(int(line.split()[1]) for line in lines)
+            up = f" ({len(started)} others did)" if started else ""
+            raise QueueError(f"a worker did not start{up}: {line.removeprefix('Error: ') or 'see worker.log'}")
+    return started
 
 
 def living_workers(home: Home, store: Store) -> list[WorkerRow]:
@@ -2961,15 +3038,16 @@ def living_workers(home: Home, store: Store) -> list[WorkerRow]:
 
 
 def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
-    """Cancel jobs, and wait until the processes of those under way are ended; the ids."""
+    """Cancel jobs, and wait until the processes of those under way are ended; the ids of those that are."""
     chosen = store.cancel(which, now_ms())
-    holders = {job.worker for job in chosen if job.state is State.PROCESSING and job.worker}
-    for worker in holders:
-        ring(home, worker)
+    holders = {job.worker for job in chosen if job.state is State.PROCESSING}
+    for row in store.workers():
+        if row.id in holders and not ring(home, row.id):
+            recover(home, store, row, store.settings())
     seqs = [job.seq for job in chosen]
-    while any(is_alive(home, worker) for worker in holders) and State.PROCESSING in store.states_of(seqs):
-        time.sleep(STOP_LOOK_S)
-    return [job.id for job in chosen]
+    while State.PROCESSING in store.states_of(seqs) and any(is_alive(home, worker or 0) for worker in holders):
+        time.sleep(WAIT_LOOK_S)
+    return [job.id for job in chosen if store.get(job.id).state is State.CANCELLED]
 
 
 def wait_for_jobs(
@@ -2988,7 +3066,7 @@ def wait_for_jobs(
                 return found
         if time.monotonic() >= deadline:
             return None
-        time.sleep(STOP_LOOK_S)
+        time.sleep(WAIT_LOOK_S)
 
 
 def follow_log(store: Store, path: str, job: Job, write: Callable[[bytes], object], start: int = 0) -> Job:
@@ -3013,7 +3091,7 @@ def stop_workers(home: Home, store: Store, how: str, timeout_s: float) -> tuple[
     deadline = time.monotonic() + timeout_s
     left = told
     while left and time.monotonic() < deadline:
-        time.sleep(STOP_LOOK_S)
+        time.sleep(WAIT_LOOK_S)
         left = [worker for worker in left if is_alive(home, worker)]
     return told, left
 
@@ -3071,6 +3149,7 @@ def attempt_json(attempt: Attempt) -> dict[str, Any]:
         "worker": attempt.worker,
         "exit_code": attempt.exit_code,
         "signal": attempt.signal,
+        "ended_by": attempt.ended_by,
         "error": attempt.error,
         "max_rss_bytes": attempt.max_rss,
         "cpu_seconds": attempt.cpu_s,
@@ -3140,14 +3219,15 @@ def show_lines(job: Job, history: Sequence[Attempt], reason: tuple[str | None, s
         yield f"error      {printable(job.error)}"
     retries = settings.max_retries if job.max_retries is None else job.max_retries
     yield f"attempts   {job.attempts} of at most {retries + 1}"
-    for name in ("queue", "priority", "tag", "key", "cwd", "timeout", "on_lost"):
-        if getattr(job, name) not in (None, "", 0):
-            yield f"{name:10} {printable(str(getattr(job, name)))}"
+    for name in FIELDS:
+        if name not in ("id", "command", "max_retries", "run_at", "delay", "env") and getattr(job, name):
+            yield f"{name:10} {printable(plain(getattr(job, name)))}"
     if job.env:
         yield f"env        {', '.join(printable(name) for name in job.env)} (values only with --json)"
-    for name in ("created_at", "started_at", "finished_at"):
-        if getattr(job, name) is not None:
-            yield f"{name[:-3]:10} {iso_time(getattr(job, name))} ({ago(getattr(job, name), now)})"
+    moments = {"not before": job.run_at, "created": job.created_at, "started": job.started_at, "ended": job.finished_at}
+    for what, moment in moments.items():
+        if moment is not None:
+            yield f"{what:10} {iso_time(moment)} ({ago(moment, now)})"
     yield f"log        {printable(log)}"
     if history:
         yield ""
@@ -3182,7 +3262,7 @@ def hints(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Seq
           cut_off: int) -> Iterator[str]:  # fmt: skip
     """What stands in the way of the queue, each with the command that helps."""
     if lost:
-        yield f"! {lost} dead worker(s) left jobs behind; a running worker puts them in order"
+        yield f"! {lost} dead worker(s) left jobs behind; a running worker sees to them: queuectl worker start"
     if not workers and any(counts[state] for state in (*WAITING, State.PROCESSING)):
         yield "! no worker is running; start one: queuectl worker start"
     for queue in queues:
@@ -3314,10 +3394,10 @@ def prometheus_lines(
         name = f"queuectl_{kind}_seconds"
         yield f"# HELP {name} {what}"
         yield f"# TYPE {name} histogram"
-        yield from (f'{name}_bucket{{le="{bucket}"}} {tallies[f"{kind} {bucket}"]:g}' for bucket in BUCKETS_S)
-        yield f'{name}_bucket{{le="+Inf"}} {tallies[f"{kind} count"]:g}'
+        yield from (f'{name}_bucket{{le="{bucket}"}} {int(tallies[f"{kind} {bucket}"])}' for bucket in BUCKETS_S)
+        yield f'{name}_bucket{{le="+Inf"}} {int(tallies[f"{kind} count"])}'
         yield f"{name}_sum {tallies[f'{kind} sum']}"
-        yield f"{name}_count {tallies[f'{kind} count']:g}"
+        yield f"{name}_count {int(tallies[f'{kind} count'])}"
 
 
 def service_unit(python: str, program: str, home: str) -> str:
@@ -3339,7 +3419,9 @@ WantedBy=default.target
 
 
 def plain(value: Any) -> str:
-    """A config value as one would type it."""
+    """A value as one would type it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -3347,7 +3429,7 @@ def exit_code_of(job: Job, last: Attempt | None) -> int:
     """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
     if job.state is State.COMPLETED:
         return 0
-    if (job.error or "").startswith("timed out"):
+    if last and last.ended_by == End.TIMED_OUT.value:
         return EX_TIMED_OUT
     if job.exit_code is None and last and last.signal:
         return 128 + last.signal
@@ -3358,11 +3440,11 @@ def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple
     """Where the output of an attempt begins and ends in the log, or with None all of it."""
     if number is None:
         return 0, None
-    for attempt in reversed(history):
-        if attempt.number == number and attempt.log_start is not None:
-            return attempt.log_start, attempt.log_end
     if job.state is State.PROCESSING and job.attempts == number:
         return max((attempt.log_end or 0 for attempt in history), default=0), None
+    for attempt in reversed(history):
+        if attempt.number == number:
+            return attempt.log_start or 0, attempt.log_end or 0
     raise NotFound(f"job {job.id} has no attempt {number}")
 
 
@@ -3391,6 +3473,13 @@ class Program(click.Group):
         sys.exit(code or 0)
 
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Show the help where no command is named."""
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; that whoever reads its output has seen enough is no error."""
         try:
@@ -3401,8 +3490,8 @@ class Program(click.Group):
 
 
 def _fail(text: str, code: int) -> int:
-    first = " ".join(text.split())
-    click.echo(f"Error: {printable(first)}", err=True)
+    line = " ".join(text.split())
+    click.echo(f"Error: {printable(line)}", err=True)
     return code
 
 
@@ -3518,7 +3607,7 @@ def enqueue(job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_j
             say_json([{"id": id, "created": created} for id, created in jobs])
         else:
             say(id for id, _ in jobs)
-        return see_through(home, store, [id for id, _ in jobs]) if wait else 0
+        return see_through(home, store, [id for id, _ in jobs], is_quiet=as_json) if wait else 0
 
 
 @contextlib.contextmanager
@@ -3531,14 +3620,14 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
         yield bar
 
 
-def see_through(home: Home, store: Store, ids: Sequence[str]) -> int:
+def see_through(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) -> int:
     """Wait for jobs, showing the output of one alone; what to exit with."""
     jobs = [store.get(id) for id in ids]
     warn_if_nobody_works(home, store)
     if len(jobs) != 1:
         found = wait_for_jobs(store, [job.seq for job in jobs], math.inf, lambda _: None)
         return int(found is None or any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
-    job = follow_log(store, home.log(jobs[0].id), jobs[0], write_out)
+    job = follow_log(store, home.log(jobs[0].id), jobs[0], (lambda _: None) if is_quiet else write_out)
     history = store.history(job)
     return exit_code_of(job, history[-1] if history else None)
 
@@ -3603,7 +3692,6 @@ def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: boo
 def check_queues(queues: Sequence[str]) -> None:
     """BadInput for a name that no queue can have."""
     for queue in queues:
-        parse_options({"queue": queue})
         check_fields({"command": "x", "queue": queue})
 
 
@@ -3649,20 +3737,22 @@ def worker_list(home: Home, store: Store, as_json: bool) -> None:
 @with_store
 def status(home: Home, store: Store, watch: bool, as_json: bool) -> None:
     """Show how many jobs are where, and what stands in the way."""
+    show_status(home, store, as_json)
     while watch:
+        time.sleep(1)
         click.clear()
         show_status(home, store, as_json)
-        time.sleep(1)
-    show_status(home, store, as_json)
 
 
 def show_status(home: Home, store: Store, as_json: bool) -> None:
     """Print the status once."""
-    counts, rows, alive = store.counts(), store.workers(), living_workers(home, store)
+    counts, rows = store.counts(), store.workers()
+    alive = [row for row in rows if is_alive(home, row.id)]
+    lost = sum(row.job is not None for row in rows if row not in alive)
     if as_json:
         say_json(status_json(counts, alive, store.paused()))
     else:
-        say(status_lines(counts, alive, store.queues(), len(rows) - len(alive), store.cut_off()))
+        say(status_lines(counts, alive, store.queues(), lost, store.cut_off()))
 
 
 @cli.command("list")
@@ -3719,8 +3809,8 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
     job = store.get(id)
     path = home.log(job.id)
     start, end = log_range(job, store.history(job), attempt)
-    start = start if tail is None else max(start, tail_start(path, tail))
-    if follow:
+    start = start if tail is None else max(start, tail_start(path, tail, end))
+    if follow and attempt is None:
         follow_log(store, path, job, write_out, start)
         return
     blocks = read_log(path, start, end)
@@ -3734,8 +3824,10 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
 @click.option("--tag", metavar="T", help="Those with this tag.")
 @click.option("--queue", metavar="Q", help="Those of this queue.")
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
+@json_option
 @with_store
-def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, timeout: str | None) -> int:
+def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, timeout: str | None,
+         as_json: bool) -> int:  # fmt: skip
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
     some = bool(ids or tag or queue)
     jobs = some_of(store.chosen(Selection(ids, tag, queue))) if some else []
@@ -3744,6 +3836,8 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
     warn_if_nobody_works(home, store)
     with progress_to(total) as progress:
         found = wait_for_jobs(store, [job.seq for job in jobs] if some else None, timeout_s, progress)
+    if as_json:
+        say_json({state.value: (found or {}).get(state, 0) for state in ENDED} | {"timed_out": found is None})
     if found is None:
         return EX_TIMED_OUT
     return int(any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
@@ -3904,24 +3998,26 @@ def queue_list(home: Home, store: Store, as_json: bool) -> None:
 @queue_group.command("pause")
 @click.argument("names", nargs=-1, metavar="[Q]...")
 @all_option
+@json_option
 @with_store
-def queue_pause(home: Home, store: Store, names: Sequence[str], every: bool) -> None:
+def queue_pause(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
     """Start nothing new in these queues."""
     chosen = queues_given(store, names, every)
     store.set_paused(chosen, True)
-    say(f"{name} paused" for name in chosen)
+    say_done(chosen, "paused", as_json)
 
 
 @queue_group.command("resume")
 @click.argument("names", nargs=-1, metavar="[Q]...")
 @all_option
+@json_option
 @with_store
-def queue_resume(home: Home, store: Store, names: Sequence[str], every: bool) -> None:
+def queue_resume(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
     """Go on with these queues."""
     chosen = queues_given(store, names, every)
     store.set_paused(chosen, False)
     wake_one(home, store)
-    say(f"{name} resumed" for name in chosen)
+    say_done(chosen, "resumed", as_json)
 
 
 def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
@@ -3935,13 +4031,14 @@ def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
 @queue_group.command("limit")
 @click.argument("name", metavar="Q")
 @click.argument("limit", metavar="N|none")
+@json_option
 @with_store
-def queue_limit(home: Home, store: Store, name: str, limit: str) -> None:
+def queue_limit(home: Home, store: Store, name: str, limit: str, as_json: bool) -> None:
     """Let at most N jobs of a queue run at once."""
     check_queues([name])
     store.set_limit(name, None if limit == "none" else check_limit(limit))
     wake_one(home, store)
-    say([f"{name} limit {limit}"])
+    say_done([name], f"limit {limit}", as_json)
 
 
 def check_limit(text: str) -> int:
@@ -4014,20 +4111,31 @@ def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
 @config.command("set", context_settings={"ignore_unknown_options": True})
 @key_argument
 @click.argument("value")
+@json_option
 @with_store
-def config_set(home: Home, store: Store, key: str, value: str) -> None:
+def config_set(home: Home, store: Store, key: str, value: str, as_json: bool) -> None:
     """Set a key; it reaches running workers with their next job."""
     store.configure(setting_key(key), parse_setting(key, value))
-    say([f"{setting_key(key)} = {plain(getattr(store.settings(), setting_key(key)))}"])
+    say_setting(store, setting_key(key), as_json)
 
 
 @config.command("unset")
 @key_argument
+@json_option
 @with_store
-def config_unset(home: Home, store: Store, key: str) -> None:
+def config_unset(home: Home, store: Store, key: str, as_json: bool) -> None:
     """Go back to a key's default."""
     store.configure(setting_key(key), None)
-    say([f"{setting_key(key)} = {plain(getattr(store.settings(), setting_key(key)))}"])
+    say_setting(store, setting_key(key), as_json)
+
+
+def say_setting(store: Store, key: str, as_json: bool) -> None:
+    """Print a key and the value that is in force."""
+    value = getattr(store.settings(), key)
+    if as_json:
+        say_json({key: value})
+    else:
+        say([f"{key} = {plain(value)}"])
 
 
 @cli.command()
@@ -4072,19 +4180,29 @@ def mend(home: Home, store: Store) -> None:
 @cli.command()
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--restore", is_flag=True, help="Put the copy in the place of the queue.")
+@json_option
 @with_store
-def backup(home: Home, store: Store, file: str, restore: bool) -> None:
+def backup(home: Home, store: Store, file: str, restore: bool, as_json: bool) -> None:
     """Copy the queue to a file while workers run, or restore it from one."""
+    refuse_own(home, file)
     if restore:
         refuse_while_working(home, store)
         store.restore(existing(file))
-        say([f"restored from {file}"])
-        return
+    else:
+        save(store, file)
+    count = sum(store.counts().values())
+    if as_json:
+        say_json({"file": file, "jobs": count})
+    else:
+        say([f"{'restored from' if restore else 'saved to'} {file}: {count} job{'s' * (count != 1)}"])
+
+
+def save(store: Store, file: str) -> None:
+    """A copy of the queue in a file, there only once it is whole."""
     made = f"{file}.part"
     make_private_file(made)
     store.back_up(made)
     publish(made, file)
-    say([f"{file} holds {sum(store.counts().values())} jobs"])
 
 
 def refuse_while_working(home: Home, store: Store) -> None:

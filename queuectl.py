@@ -1987,20 +1987,19 @@ if sys.platform == "win32":
         for number in (signal.SIGINT, signal.SIGBREAK, signal.SIGTERM):
             signal.signal(number, lambda *_: on_stop())
 
-    def start_detached(arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
+    def start_detached(home: Home, arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
         """A worker process of its own; what it has to say until it is up, and then nothing.
 
         It lives at the root: a directory that a process lives in can neither be moved nor removed.
         """
-        home = open_home().path
-        root = os.path.splitdrive(home)[0] + "\\"
+        root = os.path.splitdrive(home.path)[0] + "\\"
         hidden = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
         for flags in (hidden | _BREAKAWAY, hidden):
             try:
                 process = subprocess.Popen(
                     [sys.executable, os.path.abspath(__file__), *arguments], cwd=root, creationflags=flags,
-                    env={**os.environ, "QUEUECTL_HOME": home}, text=True, errors="replace",
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    env={**os.environ, "QUEUECTL_HOME": home.path}, text=True, errors="replace",
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 )  # fmt: skip
                 break
             except PermissionError:  # the job object that holds us lets nobody go
@@ -2310,7 +2309,7 @@ else:
 
         return ctypes.CDLL(None)
 
-    def start_detached(arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
+    def start_detached(home: Home, arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
         """A worker process of its own; what it has to say until it is up, and then nothing.
 
         It is forked, so that workers share the memory of what has been imported before.
@@ -2974,8 +2973,8 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
         say = worker_voice(home, row, echo)
         worker = Worker(home, store, row, bells[0], say)
         become_worker(worker.leave)
+        print(f"worker {row.id} is up (pid {row.pid}, slot {row.slot})", flush=True)  # first: somebody waits for it
         say(f"started, pid {row.pid}, slot {row.slot}")
-        print(f"worker {row.id} is up (pid {row.pid}, slot {row.slot})", flush=True)
         try:
             worker.run()
             say("left")
@@ -3022,7 +3021,7 @@ def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) ->
     """Start detached workers; their ids, once all are up. QueueError where one could not start."""
     arguments = ["worker", "start", "--foreground"] + [w for q in queues for w in ("--queue", q)]
     arguments += ["--drain"] * drain
-    voices = [start_detached(arguments, lambda: serve_or_say(home, queues, drain)) for _ in range(count)]
+    voices = [start_detached(home, arguments, lambda: serve_or_say(home, queues, drain)) for _ in range(count)]
     lines = [voice.readline().strip() for voice in voices]
     started = sorted(int(line.split()[1]) for line in lines if line.startswith("worker "))
     for line in lines:

@@ -437,7 +437,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"delay": -1}, "delay"), ({"delay": "1s"}, "delay"), ({"delay": 1, "run_at": 1}, "exclude"),
     ({"backoff_base": 0}, "backoff_base"), ({"backoff_base": -2}, "backoff_base"), ({"backoff_base": "2"}, "backoff_b"),
     ({"queue": ""}, "queue"), ({"queue": "a b"}, "queue"), ({"tag": "-"}, "tag"), ({"tag": 1}, "tag"),
-    ({"key": ""}, "key"), ({"key": "a/b"}, "key"), ({"cwd": ""}, "cwd"), ({"cwd": 1}, "cwd"), ({"cwd": "\0"}, "cwd"),
+    ({"key": ""}, "key"), ({"key": 1}, "key"), ({"cwd": ""}, "cwd"), ({"cwd": 1}, "cwd"), ({"cwd": "\0"}, "cwd"),
     ({"env": []}, "env"), ({"env": {"A": 1}}, "env"), ({"env": {"": "x"}}, "env"), ({"env": {"A=B": "x"}}, "env"),
     ({"env": {"A": "\0"}}, "env"), ({"after": "a"}, "after"), ({"after": [1]}, "after"), ({"after": ["a b"]}, "after"),
     ({"hold": 1}, "hold"), ({"hold": "yes"}, "hold"), ({"on_lost": "again"}, "on_lost"), ({"on_lost": 1}, "on_lost"),
@@ -1972,10 +1972,10 @@ def test_why_waiting_names_every_reason() -> None:
 
 def test_exit_code_of_a_job_is_what_a_shell_would_give() -> None:
     """`enqueue --wait` exits with the job's code, 128 + signal, 124 where it timed out, 1 where it never ran."""
-    dead, attempt = q.State.DEAD, q.Attempt(1, 1, 0, 0, None, 9, None, None, None, None, None)
+    dead, attempt = q.State.DEAD, q.Attempt(1, 1, 0, 0, None, 9, "exited", None, None, None, None, None)
     cases = [
         (a_job(state=q.State.COMPLETED, exit_code=3), None, 0), (a_job(state=dead, exit_code=7), None, 7),
-        (a_job(state=dead, error="timed out after 3 s"), attempt, 124), (a_job(state=dead), attempt, 137),
+        (a_job(state=dead), attempt._replace(ended_by="timed out"), 124), (a_job(state=dead), attempt, 137),
         (a_job(state=q.State.CANCELLED), None, 1),
     ]  # fmt: skip
     for job, last, code in cases:
@@ -3804,7 +3804,7 @@ def test_docs_a_section_uses_only_those_above_it() -> None:
 def test_docs_only_some_sections_know_the_system() -> None:
     """click, sqlite3 and the modules of the operating system are known only where the style allows."""
     may = {"click": {"commands"}, "sqlite3": {"store"}}
-    may |= {module: {"platform", "running"} for module in ("os", "signal", "subprocess", "ctypes")}
+    may |= {module: {"platform", "surroundings", "running"} for module in ("os", "signal", "subprocess", "ctypes")}
     found = {(section_of(node.lineno), name) for node in ast.parse(SOURCE).body for name in names_used(node) & set(may)}
     same({(section, name) for section, name in found if section not in may[name] | {"head"}}, set())
     asked = [line for line in SOURCE.splitlines() if "sys.platform" in line]

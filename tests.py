@@ -3591,7 +3591,7 @@ def in_process(*words: str, stdin: bytes = b"") -> tuple[int, str, str]:
     texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+        texts.append(stream.buffer.getvalue().decode().replace("\r\n", "\n"))  # type: ignore[attr-defined]
     return code or 0, texts[0], texts[1]
 
 

@@ -534,7 +534,7 @@ SETTINGS = {
     "kill_grace": Setting(parse_duration, _number(0, high=3600), "seconds between SIGTERM and SIGKILL"),
     "log_max_bytes": Setting(parse_number, _integer(0, 2**62), "bytes that a job's log may hold, 0 for no limit"),
     "on_complete": Setting(str, _text, "shell command to run after a job has completed"),
-    "on_dead": Setting(str, _text, "shell command to run after a job has died"),
+    "on_dead": Setting(str, _text, "shell command to run after a job has died; not for those that it takes along"),
 }
 
 
@@ -2747,7 +2747,7 @@ class Worker:
             report = None
             if job:
                 if job.on_lost == "dead":  # not even a power cut may let it run twice
-                    self._keep_trying(self._store.sync)
+                    self._keep_trying(self._store.sync, True)
                 if came_idle or job.after:  # what has just become ready may be more than one
                     self._pass_on()
                 report = job, self._attempt(job)
@@ -2757,7 +2757,7 @@ class Worker:
                 break
             elif came_idle:  # otherwise claim once more first: the version is noted only then
                 self._wait()
-        self._keep_trying(functools.partial(self._store.unregister, self._row.id))
+        self._keep_trying(functools.partial(self._store.unregister, self._row.id), True)
 
     # ---- claim and record
 
@@ -2794,10 +2794,10 @@ class Worker:
             if trouble:
                 self._say(f"hook of job {job.id}: {trouble}")
 
-    def _keep_trying(self, action: Callable[[], _Result], has_result: bool = False) -> _Result:
+    def _keep_trying(self, action: Callable[[], _Result], matters: bool) -> _Result:
         """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works.
 
-        Told to leave, a worker gives up; with a result in hand only when told twice.
+        Told to leave, a worker gives up; where something would be lost that matters, only when told twice.
         """
         while True:
             try:
@@ -2805,7 +2805,7 @@ class Worker:
             except StoreError as error:
                 self._complain(str(error))
                 self._tend_if_time()
-                if self._signals > has_result or self._is_homeless:
+                if self._signals > matters or self._is_homeless:
                     raise
                 self._bell.wait(1.0)
             else:

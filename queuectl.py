@@ -1235,7 +1235,7 @@ class Store:
         if which.ids and (which.tag or which.queue or which.every):
             raise BadInput("name jobs by id, or choose them with --tag, --queue or --all: not both")
         if which.ids:
-            chosen = [self.get(id) for id in dict.fromkeys(which.ids)]
+            chosen = list({job.seq: job for job in map(self.get, which.ids)}.values())
             for job in chosen:
                 if job.state not in states:
                     raise QueueError(f"job {job.id} is {job.state.value}: it cannot be {verb}")
@@ -1340,7 +1340,7 @@ class Store:
             _SELECT
             + """WHERE state IN ('dead', 'cancelled') AND seq IN (
                 SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
-                WHERE waiting.state IN ('pending', 'failed'))"""
+                WHERE waiting.state IN ('pending', 'failed')) ORDER BY seq"""
         )
         return [job_from_row(row) for row in rows]
 
@@ -1506,11 +1506,12 @@ class Store:
         ]  # fmt: skip
 
     def _missing_parents(self, job: Job) -> list[str]:
+        """Those that a waiting job waits for; of a dead one those that could be retried."""
         rows = self._all(
-            """SELECT id FROM jobs WHERE state <> 'completed'
+            """SELECT id FROM jobs WHERE state <> 'completed' AND (:is_waiting OR state = 'dead')
                 AND seq IN (SELECT parent FROM dependencies WHERE child = :seq) ORDER BY seq""",
-            seq=job.seq,
-        )
+            seq=job.seq, is_waiting=job.state in WAITING,
+        )  # fmt: skip
         return [row[0] for row in rows]
 
     def paused(self) -> list[str]:
@@ -1978,7 +1979,7 @@ if sys.platform == "win32":
         if job is None:
             return ctypes.get_last_error() == _NO_SUCH_FILE
         try:
-            return _end_job(job)
+            return _end_job(job, patience_s=2.0)
         finally:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
 
@@ -2727,7 +2728,7 @@ class Worker:
         self._is_homeless = False  # the home was removed or replaced under us
         self._clock_ms = self._now() - time.monotonic() * 1000
         self._version = -1  # of the database, when the last claim began
-        self._look_at = self._tend_at = 0.0  # by the monotonic clock
+        self._look_at = self._tend_at = self._bury_at = 0.0  # by the monotonic clock
         self._memory_kills = 0
         self._complaint = ""
 
@@ -2905,7 +2906,7 @@ class Worker:
                 self._version = -1  # what we commit ourselves is no news to our connection
             self._clock_ms = clock_ms
             for row in self._store.workers():
-                if row.id != self._row.id and not is_alive(self._home, row.id):
+                if row.id != self._row.id and not is_alive(self._home, row.id) and self._bury_at < self._tend_at:
                     self._bury(row)
         except StoreError as error:
             self._complain(str(error))
@@ -2914,7 +2915,7 @@ class Worker:
         ended = recover(self._home, self._store, dead, self._settings)
         if ended is None:
             self._complain(f"the job of dead worker {dead.id} cannot be ended, tries again")
-            self._tend_at = time.monotonic() + 10 * TEND_S
+            self._bury_at = time.monotonic() + 10 * TEND_S  # others want the database too
             return
         for job, state in ended:
             self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value if state else 'ended'}")
@@ -3158,8 +3159,8 @@ def attempt_json(attempt: Attempt) -> dict[str, Any]:
 def why_waiting(job: Job, found: Obstacles, now: int) -> tuple[str | None, str | None]:
     """Why a job that waits is not running, and the command that would change it; also for a dead one."""
     if job.state is State.DEAD:
-        again = found.parents[0] if job.doomed_by and found.parents else job.id
-        return None, f"queuectl dlq retry {again}"
+        again = found.parents[:1] if job.blockers else [job.id]
+        return None, f"queuectl dlq retry {again[0]}" if again else None
     if job.state not in WAITING:
         return None, None
     if job.hold:
@@ -4022,8 +4023,8 @@ def queue_resume(home: Home, store: Store, names: Sequence[str], every: bool, as
 def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
     """The queues named, or all that there are."""
     check_queues(names)
-    if not names and not every:
-        raise BadInput("name a queue, or say --all")
+    if bool(names) == every:
+        raise BadInput("name queues, or say --all: one of the two")
     return [row.name for row in store.queues()] if every else list(names)
 
 

@@ -3970,7 +3970,11 @@ class Model:
 
     def is_blocked(self, job: Known) -> bool:
         """Does it wait for a parent? One that was removed is waited for no more."""
-        return any(self.jobs[seq].state is not q.State.COMPLETED for seq in job.parents if seq in self.jobs)
+        return any(not self.has_completed(seq) for seq in job.parents)
+
+    def has_completed(self, seq: int) -> bool:
+        """Has a parent completed? One that was removed before it had never will."""
+        return seq in self.jobs and self.jobs[seq].state is q.State.COMPLETED
 
     def below(self, seq: int) -> set[int]:
         """A job and everything that waits for it."""
@@ -4068,28 +4072,32 @@ class Model:
             self.doom(job, now)
 
     def retry(self, jobs: list[Known], is_named: bool, now: int) -> None:
-        """Bring dead jobs back, and what died because of them."""
+        """Bring dead jobs back, and what died because of them; what can still not run dies again."""
         for job in jobs:
-            for other in [other for other in self.jobs.values() if job.seq in (other.seq, other.doomed_by)]:
-                if other.state is not q.State.DEAD:
-                    continue
+            back = [
+                other for _, other in sorted(self.jobs.items())
+                if other.state is q.State.DEAD and set(other.parents) <= set(self.jobs)
+                and (other is job or (other.doomed_by == job.seq and not self.holder(other.has("key"))))
+            ]  # fmt: skip
+            for other in back:
                 if self.holder(other.has("key")):
                     raise Refused
                 other.state, other.attempts = q.State.PENDING, 0
                 other.due_at = other.doomed_by = other.ended_at = None
-        for job in jobs:
-            for seq in sorted(set(job.parents) & set(self.jobs)):
-                if (parent := self.jobs[seq]).state in (q.State.DEAD, q.State.CANCELLED):
-                    if is_named:
-                        raise Refused
-                    self.doom(parent, now)
+        waited_for = {seq for job in self.jobs.values() if job.state in q.WAITING for seq in job.parents}
+        for seq in sorted(waited_for & set(self.jobs)):
+            if self.jobs[seq].state in (q.State.DEAD, q.State.CANCELLED):
+                self.doom(self.jobs[seq], now)
+        if is_named and any(job.state is q.State.DEAD for job in jobs):
+            raise Refused
 
     def remove(self, jobs: list[Known]) -> None:
-        """Forget jobs for good."""
+        """Forget jobs for good; a child goes on waiting for one that had not completed."""
+        done = {job.seq for job in jobs if job.state is q.State.COMPLETED}
         for job in jobs:
             del self.jobs[job.seq]
         for other in self.jobs.values():
-            other.parents = [seq for seq in other.parents if seq in self.jobs]
+            other.parents = [seq for seq in other.parents if seq not in done]
 
 
 def store_machine() -> Any:
@@ -4145,6 +4153,8 @@ def store_machine() -> Any:
 
         def chosen(self, which: q.Selection, states: Iterable[q.State]) -> list[Known]:
             """The jobs that a selection means to the model."""
+            if which.ids and (which.tag or which.queue or which.every):
+                raise Refused
             if which.ids:
                 named = [self.model.by_id(id) for id in which.ids]
                 if not all(job and job.state in states for job in named):
@@ -4269,7 +4279,7 @@ def store_machine() -> Any:
             def expect() -> list[str]:
                 found = self.chosen(which, [q.State.DEAD])
                 self.model.retry(found, bool(which.ids), self.now)
-                return [job.id for job in found]
+                return [job.id for job in found if job.state is not q.State.DEAD]
 
             self.agree(lambda: self.store.retry_dead(which, self.now), expect)
 
@@ -4320,7 +4330,7 @@ def store_machine() -> Any:
             }  # fmt: skip
             wanted = {}
             for job in self.model.jobs.values():
-                blockers = [seq for seq in job.parents if self.model.jobs[seq].state is not q.State.COMPLETED]
+                blockers = [seq for seq in job.parents if not self.model.has_completed(seq)]
                 wanted[job.seq] = (
                     job.id, job.state, job.attempts, job.has("queue"), job.has("priority"), job.has("hold"),
                     job.cancelling, job.doomed_by, len(blockers), job.ended_at, job.has("key"), job.ran,

@@ -283,8 +283,8 @@ def fill(home: q.Home, each: int) -> None:
         for place, columns in enumerate(KINDS.values()):
             _fill_kind(db, place * each, each, columns)
         db.execute(
-            """INSERT INTO attempts (job, n, number, worker, started_at, ended_at)
-            SELECT seq, 1, 1, worker, started_at, finished_at FROM jobs WHERE finished_at IS NOT NULL"""
+            """INSERT INTO attempts (job, n, number, worker, started_at, ended_at, ended_by)
+            SELECT seq, 1, 1, worker, started_at, finished_at, 'exited' FROM jobs WHERE finished_at IS NOT NULL"""
         )
         db.execute("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
         db.execute("INSERT INTO queues (name, paused) VALUES ('paused', 1)")

@@ -75,8 +75,8 @@ def windows(test: Test) -> Test:
 
 
 def dev(test: Test) -> Test:
-    """Needs development dependencies: run with --dev alone."""
-    test.dev = True  # type: ignore[attr-defined]
+    """Needs development dependencies: run with --dev alone, one by one: hypothesis sets the recursion limit of all."""
+    test.dev = test.alone = True  # type: ignore[attr-defined]
     return test
 
 

@@ -4,8 +4,7 @@ rem It keeps to a home of its own below %TEMP%, which it removes at the end, che
 rem code of every step, and exits with 0 only if each of them went as it should.
 setlocal EnableExtensions DisableDelayedExpansion
 set "SCRIPT=%~dp0queuectl.py"
-set "DEMO=%TEMP%\queuectl demo %RANDOM%%RANDOM%"
-set "QUEUECTL_HOME=%DEMO%\home"
+set "DEMO="
 set "FAILED="
 
 python -c "import click" >nul 2>nul
@@ -13,7 +12,13 @@ if not "%errorlevel%"=="0" (
     echo Demo FAILED: it needs python with click; run: python -m pip install -r requirements.txt
     exit /b 1
 )
-mkdir "%DEMO%"
+rem %RANDOM% is the same in two demos that start in the same second.
+for /f "usebackq delims=" %%D in (`python -c "import tempfile; print(tempfile.mkdtemp(prefix='queuectl demo '))"`) do set "DEMO=%%D"
+if not defined DEMO (
+    echo Demo FAILED: there is no room for it in the directory of temporary files
+    exit /b 1
+)
+set "QUEUECTL_HOME=%DEMO%\home"
 pushd "%DEMO%"
 
 call :step 1. Configuration: set and get
@@ -49,7 +54,7 @@ call :await slow dead
 call :await broken dead
 call :await later completed
 set "FIRST="
-for /f %%L in (order.txt) do if not defined FIRST set "FIRST=%%L"
+if not defined FAILED for /f %%L in (order.txt) do if not defined FIRST set "FIRST=%%L"
 if not defined FAILED if not "%FIRST%"=="high" set "FAILED=the high priority did not run first"
 
 call :step 6. Look: list, logs, show, metrics

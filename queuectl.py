@@ -2186,7 +2186,9 @@ else:
     def _end_all(find: Callable[[], set[_Identity]], grace_s: float, patience_s: float = 10.0) -> bool:
         """Ask processes to leave, then make them; False where some are still there."""
         asked_until = time.monotonic() + grace_s
-        for process in find() if grace_s else ():
+        for process in sorted(find()) if grace_s else ():
+            # By id, so parents before their children: a shell hears of it before it misses the command
+            # that it waits for, and can clean up.
             _send(process, signal.SIGTERM)
             _send(process, signal.SIGCONT)  # one that is stopped cannot hear
         while time.monotonic() < asked_until and find():

@@ -3750,6 +3750,8 @@ def test_docs_demo_bat_runs(home: Home) -> None:
     env = home.env | {"PATH": os.path.dirname(sys.executable) + os.pathsep + home.env["PATH"]}
     ran = subprocess.run(["cmd", "/c", str(HERE / "demo.bat")], env=env, cwd=HERE, stdin=subprocess.DEVNULL,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S)  # fmt: skip
+    if ran.returncode:
+        print(ran.stdout[-4000:].decode(errors="replace"), flush=True)
     same((ran.returncode, b"Traceback" in ran.stdout), (0, False))
 
 

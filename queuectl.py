@@ -170,6 +170,7 @@ COLUMNS = Job._fields
 JSON_COLUMNS = ("command", "env", "after", "ok_codes", "no_retry_codes")
 _JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
 _STATE_PLACE = COLUMNS.index("state")
+_from_json = json.JSONDecoder().raw_decode  # json.loads would look for blanks at both ends
 
 
 def job_from_row(row: Sequence[Any]) -> Job:
@@ -177,7 +178,7 @@ def job_from_row(row: Sequence[Any]) -> Job:
     values = list(row)
     for place in _JSON_PLACES:
         if values[place] is not None:
-            values[place] = json.loads(values[place])
+            values[place], _ = _from_json(values[place])
     values[_STATE_PLACE] = State(values[_STATE_PLACE])
     return Job._make(values)
 
@@ -600,11 +601,11 @@ def backoff_s(job: Job, settings: Settings, chance: float) -> float:
 
 def judge(job: Job, outcome: Outcome, settings: Settings, now: int, chance: float) -> Verdict:
     """What becomes of a job whose attempt ended so. Pure: the time and the dice are given."""
-    retries = job.max_retries if job.max_retries is not None else settings.max_retries
-    later = now + round(backoff_s(job, settings, chance) * 1000)
     code = outcome.exit_code
     if outcome.end is End.EXITED and (code == 0 or code in (job.ok_codes or ())):
         return Verdict(State.COMPLETED, job.attempts)
+    retries = job.max_retries if job.max_retries is not None else settings.max_retries
+    later = now + round(backoff_s(job, settings, chance) * 1000)
     if job.cancelling:
         return Verdict(State.CANCELLED, job.attempts)
     if outcome.end is End.GIVEN_BACK:
@@ -820,7 +821,8 @@ _BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {
     "priority": 0, "queue": "default", "hold": False, "on_lost": "retry", "snooze": False,
 }  # fmt: skip
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs "
+_COLUMNS = ", ".join(COLUMNS)
+_SELECT = f"SELECT {_COLUMNS} FROM jobs "
 SORTS = {  # what a list can be sorted by
     "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
     "created": "created_at", "changed": "updated_at",
@@ -838,9 +840,11 @@ def _saying_where(origin: str) -> Iterator[None]:
         raise type(error)(f"{origin}{error}") from None
 
 
-def _domain_error(path: str, error: sqlite3.Error) -> StoreError:
+def _domain_error(path: str, error: Exception) -> QueueError:
     """sqlite3's error as ours, in one line that says what to do."""
     text = str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return BadInput("what was given is not valid Unicode")
     if "locked" in text or "busy" in text:
         return StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done")
     if "full" in text or "disk I/O" in text:  # a shared memory file that cannot grow is an I/O error
@@ -853,6 +857,35 @@ def _domain_error(path: str, error: sqlite3.Error) -> StoreError:
 def sqlite_version() -> str:
     """Of the library that this Python uses."""
     return sqlite3.sqlite_version
+
+
+class Transaction:
+    """What happens inside `with` happens whole or not at all; one inside another is part of it."""
+
+    def __init__(self, db: sqlite3.Connection, path: str, begin: str) -> None:
+        self._db, self._path, self._begin, self._depth = db, path, begin, 0
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._execute(self._begin)
+        self._depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        try:
+            if kind is None:
+                self._execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._execute("ROLLBACK")
+
+    def _execute(self, sql: str) -> None:
+        try:
+            self._db.execute(sql)
+        except sqlite3.Error as error:
+            raise _domain_error(self._path, error) from error
 
 
 class Store:
@@ -870,6 +903,9 @@ class Store:
             self._db = sqlite3.connect(path, timeout=patience_s, isolation_level=None)
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
+        self._writing = Transaction(self._db, path, "BEGIN IMMEDIATE")
+        self._config: list[Any] = []  # the rows that the settings were made of
+        self._settings = Settings()
         try:
             self._bring_up(patience_s)
             self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -929,38 +965,23 @@ class Store:
             raise StoreError(f"{self.path} was made by a newer queuectl (schema {version}); upgrade queuectl")
         return int(version)
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> Transaction:
         """One transaction, all or nothing; joins the one that is open."""
-        if self._db.in_transaction:
-            yield
-            return
-        with self._transaction("BEGIN IMMEDIATE"):
-            yield
-
-    @contextlib.contextmanager
-    def _transaction(self, begin: str) -> Iterator[None]:
-        self._change(begin)
-        try:
-            yield
-            self._change("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._change("ROLLBACK")
-            raise
+        return self._writing
 
     def _all(self, sql: str, **values: Any) -> list[Any]:
         """Every row of a statement."""
-        return list(self._rows(sql, **values))
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except (sqlite3.Error, UnicodeEncodeError) as error:
+            raise _domain_error(self.path, error) from error
 
-    def _rows(self, sql: str, **values: Any) -> Iterator[Any]:
+    def _rows(self, sql: str) -> Iterator[Any]:
         """The rows of a statement one by one, for those that may be many."""
         try:
-            yield from self._db.execute(sql, values)
+            yield from self._db.execute(sql)
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
-        except UnicodeEncodeError:
-            raise BadInput("what was given is not valid Unicode") from None
 
     def _one(self, sql: str, **values: Any) -> Any:
         rows = self._all(sql, **values)
@@ -1021,7 +1042,7 @@ class Store:
             for origin, spec in specs
         )
         columns = (*_GIVEN, "origin")
-        with self._transaction("BEGIN"):
+        with Transaction(self._db, self.path, "BEGIN"):
             self._insert_many(
                 f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
             )
@@ -1123,7 +1144,7 @@ class Store:
                     WHERE :queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))
                     ORDER BY priority DESC, seq LIMIT 1)
                 AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND stop IS NULL)
-                RETURNING {', '.join(COLUMNS)}""",
+                RETURNING {_COLUMNS}""",
                 worker=worker, now=now, queues=None if queues is None else _to_json(queues),
             )  # fmt: skip
         return job_from_row(row) if row else None
@@ -1642,13 +1663,13 @@ class Store:
 
     # ---- config
 
-    def config(self) -> dict[str, Any]:
-        """The keys that somebody has set."""
-        return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM config")}
-
     def settings(self) -> Settings:
         """The configuration in force."""
-        return Settings(**{key: value for key, value in self.config().items() if key in SETTINGS})
+        rows = self._all("SELECT key, value FROM config")
+        if rows != self._config:
+            self._settings = Settings(**{key: json.loads(value) for key, value in rows if key in SETTINGS})
+            self._config = rows
+        return self._settings
 
     def configure(self, key: str, value: Any) -> None:
         """Set a key, or with None go back to its default."""
@@ -1697,6 +1718,10 @@ class Home(NamedTuple):
     def log(self, job: str) -> str:
         """The file that takes a job's output."""
         return os.path.join(self.path, "job_logs", f"{job}.log")
+
+    def spool(self, worker: int) -> str:
+        """What a worker's job has written until its log is made; a name that no job can have."""
+        return os.path.join(self.path, "job_logs", f".{worker}")
 
     def bell(self, worker: int) -> str:
         """The file by which a worker is woken, on systems where it is a file."""
@@ -1898,11 +1923,14 @@ if sys.platform == "win32":
     class Process:
         """A command in a job object of its own, which dies with this process."""
 
+        is_gone = False  # we cannot tell whether something of it is left that writes
+
         def __init__(
             self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
         ) -> None:
             line = _shell_line(command) if isinstance(command, str) else [_program(command[0], cwd, env), *command[1:]]
-            spelled = {name.upper(): (name, value) for name, value in {**env, MARK: mark}.items()}
+            env[MARK] = mark
+            spelled = {name.upper(): (name, value) for name, value in env.items()}
             self._job = _new_job(mark)
             try:
                 _limit(self._job, _KILL_ON_JOB_CLOSE)
@@ -1982,6 +2010,10 @@ if sys.platform == "win32":
             return _end_job(job, patience_s=2.0)
         finally:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
+
+    def adopt_orphans() -> bool:
+        """Have this process told of all that its jobs leave running; there is no such thing here."""
+        return False
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
@@ -2215,44 +2247,40 @@ else:
         return {process for process, parent in _processes().items() if parent == os.getpid()}
 
     class Process:
-        """A command in a session of its own, whose orphans come to this process."""
+        """A command in a group of its own, whose orphans come to this process."""
 
         def __init__(
             self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
         ) -> None:
             self._mark, self._spared = mark, _own_children()
             self._exit: Exit | None = None
+            self.is_gone = False  # is nothing left of it, nor of any attempt before?
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
+            env[MARK] = mark
             os.chdir(cwd)
             try:
                 self._pid = os.posix_spawn(
-                    _program(words[0], env.get("PATH", os.defpath)), words, {**env, MARK: mark},
+                    _program(words[0], env.get("PATH", os.defpath)), words, env,
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
                         if given is None else (os.POSIX_SPAWN_DUP2, given, 0),
                         (os.POSIX_SPAWN_DUP2, log, 1),
                         (os.POSIX_SPAWN_DUP2, log, 2),
                     ],
-                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
+                    setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP), **_apart(),
                 )  # fmt: skip
             finally:
                 os.chdir("/")
 
         def poll(self) -> Exit | None:
             """How it ended; None while it runs. Orphans that ended are seen off."""
-            while True:
-                try:
-                    pid, status, usage = os.wait4(-1, os.WNOHANG)
-                except ChildProcessError:
-                    return self._exit
-                if not pid:
-                    return self._exit
-                if pid == self._pid:
-                    code = os.waitstatus_to_exitcode(status)
-                    self._exit = Exit(
-                        code if code >= 0 else None, -code if code < 0 else None,
-                        usage.ru_maxrss * _RSS_BYTES, usage.ru_utime + usage.ru_stime,
-                    )  # fmt: skip
+            try:
+                while (ended := os.wait4(-1, os.WNOHANG))[0]:
+                    if ended[0] == self._pid:
+                        self._exit = _exit_of(*ended[1:])
+            except ChildProcessError:
+                self.is_gone = True
+            return self._exit
 
         def _members(self) -> set[_Identity]:
             table = _processes()
@@ -2265,6 +2293,18 @@ else:
 
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
+
+    def _apart() -> Any:
+        """How a command is kept from the terminal: a new session costs a twentieth of `true`, a group nothing.
+
+        A worker that leads its session was detached, so there is no terminal to keep it from.
+        """
+        return {"setpgroup": 0} if os.getsid(0) == os.getpid() else {"setsid": True}
+
+    def _exit_of(status: int, usage: Any) -> Exit:
+        code = os.waitstatus_to_exitcode(status)
+        rss, cpu_s = usage.ru_maxrss * _RSS_BYTES, usage.ru_utime + usage.ru_stime
+        return Exit(code, None, rss, cpu_s) if code >= 0 else Exit(None, -code, rss, cpu_s)
 
     def _program(word: str, path: str) -> str:
         """The file that a word means, by the PATH that its command will see."""
@@ -2293,8 +2333,18 @@ else:
 
         return _end_all(find, 0, patience_s=0.5)
 
+    def adopt_orphans() -> bool:
+        """Be the parent of what its own parent leaves behind, so that no child means that nothing is left.
+
+        False where the system has no such thing: Linux alone has (prctl(2), PR_SET_CHILD_SUBREAPER).
+        """
+        pr_set_child_subreaper = 36
+        with contextlib.suppress(AttributeError, OSError):
+            return bool(_HAS_PROC and _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0)
+        return False
+
     def become_worker(on_stop: Callable[[], None]) -> None:
-        """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
+        """Let signals mean: finish and leave; keep descriptors from jobs."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: on_stop())
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -2302,9 +2352,8 @@ else:
         for fd in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(fd), False)
-        pr_set_child_subreaper, m_trim_threshold = 36, -1
-        with contextlib.suppress(AttributeError, OSError):  # Linux and its glibc have these alone
-            _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+        m_trim_threshold = -1
+        with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
             _libc().mallopt(m_trim_threshold, 64 << 20)  # memory goes back and forth with every statement otherwise
 
     def _libc() -> Any:
@@ -2380,8 +2429,8 @@ def home_problems(home: Home, jobs: Callable[[str], bool]) -> Iterator[str]:
 
 
 def stray_logs(home: Home, jobs: Callable[[str], bool]) -> list[str]:
-    """The files among the logs that belong to no job."""
-    names = os.listdir(os.path.dirname(home.log("")))
+    """The files among the logs that belong to no job, nor to a worker."""
+    names = [name for name in os.listdir(os.path.dirname(home.log(""))) if not name.startswith(".")]
     return [name for name in names if not (name.endswith(".log") and jobs(name.removesuffix(".log")))]
 
 
@@ -2558,11 +2607,18 @@ def _ends_line(path: str) -> bool:
 
 
 class JobLog:
-    """The log of a job, open for one attempt."""
+    """The log of a job, open for one attempt.
 
-    def __init__(self, path: str, attempt: int) -> None:
-        self._path = path
-        self.fd = open_log(path)
+    To make a file may cost half of what it costs to start a program, and many a command has nothing
+    to say. So what it writes goes to its worker's spool, which becomes the log once something is in
+    it, at the first look of `tend`, or where something is left that could still write to it; else it
+    serves the next job.
+    """
+
+    def __init__(self, path: str, attempt: int, spool: str | None) -> None:
+        self._path, self._at = path, path if spool is None or os.path.exists(path) else spool
+        self.trouble: str | None = None  # why what was written is lost
+        self.fd = open_log(self._at)
         self.start = os.fstat(self.fd).st_size
         if self.start:
             newline = "" if _ends_line(path) else "\n"
@@ -2573,19 +2629,39 @@ class JobLog:
         with contextlib.suppress(OSError):
             os.write(self.fd, text.encode())
 
-    def hold_to(self, limit: int) -> None:
-        """Drop what has been written beyond a number of bytes; 0 for no limit."""
+    def tend(self, limit: int) -> None:
+        """See that it is in its place, and drop what was written beyond a number of bytes; 0 for no limit."""
+        if self._at != self._path:
+            try:
+                os.rename(self._at, self._path)
+                self._at, self.trouble = self._path, None
+            except OSError as error:
+                self.trouble = f"its output is lost: {error.strerror}"
         note = f"\n--- output beyond {limit} bytes is dropped (config log_max_bytes) ---\n"
         if limit and os.fstat(self.fd).st_size > limit + len(note):
             with contextlib.suppress(OSError):
-                os.truncate(self._path, limit)
+                os.truncate(self._at, limit)
                 self._write(note)
 
-    def close(self) -> int:
-        """Where the log ends."""
+    def close(self, limit: int, is_gone: bool) -> int:
+        """Where it ends; `is_gone` where nobody is left who could write to it."""
         end = os.fstat(self.fd).st_size
+        if end or not is_gone:
+            self.tend(limit)
+            end = os.fstat(self.fd).st_size
         os.close(self.fd)
+        if self.trouble:  # the next job is not to find it
+            with contextlib.suppress(OSError):
+                os.truncate(self._at, 0)
+            remove_file(self._at)
         return end
+
+
+def keep_spooled(spool: str, path: str) -> None:
+    """What a dead worker's spool holds is its job's log, unless that had been made."""
+    if not os.path.exists(path):
+        with contextlib.suppress(OSError):  # there is no spool where there is nothing to keep
+            os.rename(spool, path)
 
 
 def signal_name(number: int) -> str:
@@ -2615,35 +2691,36 @@ def start_failure(error: OSError, job: Job) -> Outcome:
 
 
 def run_attempt(
-    job: Job, log_path: str, env: dict[str, str], mark: str, settings: Settings, bell: Bell,
+    job: Job, log_path: str, spool: str | None, env: dict[str, str], mark: str, settings: Settings, bell: Bell,
     interrupted: Callable[[bool], End | None],
 ) -> Outcome:  # fmt: skip
     """Run a job's command once, from start to outcome; `interrupted` says why it must end early."""
     try:
-        log = JobLog(log_path, job.attempts)
+        log = JobLog(log_path, job.attempts, spool)
     except OSError as error:
         return Outcome(End.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
     try:
-        process = Process(job.command, job.cwd, {**env, **(job.env or {})}, log.fd, mark)
+        process = Process(job.command, job.cwd, env, log.fd, mark)
     except (OSError, ValueError) as error:
-        log.close()
+        log.close(0, is_gone=True)
         return start_failure(error if isinstance(error, OSError) else OSError(0, str(error)), job)
     try:
         end, exit = _watch(process, log, job, settings, bell, interrupted)
     finally:
         process.close()
-        log.hold_to(settings.log_max_bytes)
-        log_end = log.close()
-    limit = _time_limit(job, settings)
-    errors = {
-        End.EXITED: describe(exit),
-        End.TIMED_OUT: f"timed out after {limit:g} s; raise it with --timeout, or for all with "
-        "`queuectl config set job_timeout`",
-        End.GIVEN_BACK: "given back: its worker was told to leave",
-        End.CANCELLED: "cancelled",
-    }
-    return Outcome(end, exit.exit_code if end is End.EXITED else None, exit.signal, errors[end],
+        log_end = log.close(settings.log_max_bytes, process.is_gone)
+    wrong = "; ".join(filter(None, (_error_of(end, exit, job, settings), log.trouble)))
+    return Outcome(end, exit.exit_code if end is End.EXITED else None, exit.signal, wrong or None,
                    exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
+
+
+def _error_of(end: End, exit: Exit, job: Job, settings: Settings) -> str | None:
+    if end is End.EXITED:
+        return describe(exit)
+    if end is End.TIMED_OUT:
+        limit = f"{_time_limit(job, settings):g} s"
+        return f"timed out after {limit}; raise it with --timeout, or for all with `queuectl config set job_timeout`"
+    return "cancelled" if end is End.CANCELLED else "given back: its worker was told to leave"
 
 
 def _time_limit(job: Job, settings: Settings) -> float:
@@ -2654,24 +2731,26 @@ def _watch(
     process: Process, log: JobLog, job: Job, settings: Settings, bell: Bell, interrupted: Callable[[bool], End | None]
 ) -> tuple[End, Exit]:
     """Wait for a command's end, and bring it about where it must come early."""
-    limit = _time_limit(job, settings)
-    deadline = time.monotonic() + limit if limit else math.inf
-    end, rung = End.EXITED, False
-    while (exit := process.poll()) is None:
-        now = time.monotonic()
-        why = End.TIMED_OUT if now >= deadline else interrupted(rung)
-        if why:
-            end = why
+    left_s = _time_limit(job, settings) or math.inf
+    deadline = time.monotonic() + left_s
+    end = End.EXITED
+    while True:
+        rung = bell.wait(min(LOOK_S, left_s), process)
+        if exit := process.poll():
+            return end, exit
+        left_s = deadline - time.monotonic()
+        if why := End.TIMED_OUT if left_s <= 0 else interrupted(rung):
+            end, left_s = why, LOOK_S
             process.end(settings.kill_grace)
         else:
-            log.hold_to(settings.log_max_bytes)
-        rung = bell.wait(min(LOOK_S, deadline - now) if end is End.EXITED else LOOK_S, process)
-    return end, exit
+            log.tend(settings.log_max_bytes)
 
 
 def hook_for(state: State | None, settings: Settings) -> str:
     """The command to run after a job has come to a state; empty for none."""
-    return {State.COMPLETED: settings.on_complete, State.DEAD: settings.on_dead}.get(state or State.PENDING, "")
+    if state is State.COMPLETED:
+        return settings.on_complete
+    return settings.on_dead if state is State.DEAD else ""
 
 
 def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, bell: Bell) -> str | None:
@@ -2726,6 +2805,7 @@ class Worker:
             "QUEUECTL_HOME": home.path,
             "QUEUECTL_SLOT": str(row.slot),
         }
+        self._spool = home.spool(row.id) if adopt_orphans() else None
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
         self._clock_ms = self._now() - time.monotonic() * 1000
@@ -2822,16 +2902,11 @@ class Worker:
 
     def _attempt(self, job: Job) -> Outcome:
         """Run a job once."""
-        env = {
-            **self._env,
-            "QUEUECTL_JOB_ID": job.id,
-            "QUEUECTL_ATTEMPT": str(job.attempts),
-            "QUEUECTL_QUEUE": job.queue,
-        }
+        facts = {"QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_QUEUE": job.queue}
         self._look_at = time.monotonic() + LOOK_S
         outcome = run_attempt(
-            job, self._home.log(job.id), env, mark_in(self._home, job.mark), self._settings, self._bell,
-            functools.partial(self._interrupted, job),
+            job, self._home.log(job.id), self._spool, {**self._env, **facts, **(job.env or {})},
+            mark_in(self._home, job.mark), self._settings, self._bell, functools.partial(self._interrupted, job),
         )  # fmt: skip
         if outcome.end is End.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
             return outcome._replace(error=f"{outcome.error}; probably out of memory")
@@ -2940,12 +3015,15 @@ def recover(home: Home, store: Store, dead: WorkerRow, settings: Settings) -> li
     ended = []
     with store.writing():
         for job in store.under_way(dead.id):
-            if not end_leftovers(mark_in(home, job.mark), home.log(job.id)):
+            log = home.log(job.id)
+            keep_spooled(home.spool(dead.id), log)
+            if not end_leftovers(mark_in(home, job.mark), log):
                 return None
             lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
             ended.append((job, store.finish(job, lost, settings, now_ms())))
         store.unregister(dead.id)
     remove_file(home.bell(dead.id))
+    remove_file(home.spool(dead.id))
     return ended
 
 
@@ -2985,6 +3063,7 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
             say(f"ended: {error!r}")
             raise
         finally:
+            remove_file(home.spool(row.id))
             bells[0].close()
 
 

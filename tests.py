@@ -1144,6 +1144,47 @@ def test_log_has_the_output_byte_for_byte_and_in_order(home: Home) -> None:
     same((home.log("a"), home.run("logs", "--raw", "a").raw), (wanted, wanted))
 
 
+@posix
+def test_log_is_made_when_there_is_something_in_it(home: Home) -> None:
+    """A job that says nothing and ends leaves no log; of one that goes on it is there, and so is what it says."""
+    home.add_all([{"id": "silent", "command": "true"}, {"id": "quick", "command": "echo said"},
+                  {"id": "slow", "command": f"echo said; {waits_for('go')}"}])  # fmt: skip
+    home.start()
+    until(lambda: home.log("slow") == b"said\n", "its output is to be seen while it runs")
+    touch(home, "go")
+    home.ended("slow")
+    same((home.log("quick"), home.run("logs", "silent").raw), (b"said\n", b""))
+    same(os.path.exists(home.home.log("silent")), sys.platform != "linux")
+
+
+@posix
+def test_log_is_never_that_of_the_job_before(home: Home) -> None:
+    """What a silent job left running writes to its own log, though the next job has begun."""
+    home.add_all([{"id": "a", "command": f"({waits_for('go')}; echo a) &"}, {"id": "b", "command": "touch ran"}])
+    home.start()
+    home.ended("b")
+    home.add(f"echo b; {waits_for('stop')}", id="c")
+    until(lambda: home.log("c") == b"b\n")
+    touch(home, "go")
+    until(lambda: home.log("a") == b"a\n")
+    touch(home, "stop")
+    home.ended("c")
+    same((home.log("a"), home.log("c")), (b"a\n", b"b\n"))
+
+
+@posix
+def test_log_of_a_killed_worker_is_kept(home: Home) -> None:
+    """What a job said in the moment before its worker was killed stands in its log, before what the retry says."""
+    home.add('echo "$QUEUECTL_ATTEMPT"; [ $QUEUECTL_ATTEMPT = 2 ] || kill -9 $PPID; sleep 0.01', id="a")
+    home.start(2)
+    same(home.ended("a").attempts, 2)
+    first, separator, second = home.log("a").splitlines()
+    same((first, b"attempt 2" in separator, second), (b"1", True, b"2"))
+    is_well(home)
+    home.run("worker", "stop")
+    same(sorted(os.listdir(os.path.dirname(home.home.log("")))), ["a.log"])
+
+
 def test_log_is_appended_to_with_a_separator(home: Home) -> None:
     """A retry adds to the log after one line that names the attempt."""
     home.add("echo out&& exit 1", id="a", max_retries=2, backoff_base=0.01)
@@ -3238,7 +3279,7 @@ def test_disk_full_of_a_log_is_its_jobs_own_affair(home: Home) -> None:
     """A command that cannot write its output goes on, and so does its worker."""
     with small_disk(home) as disk:
         home.start()
-        id = home.add(f"head -c 9000000 /dev/zero; echo $? > account; rm {disk}/home/job_logs/x.log", id="x")
+        id = home.add(f"head -c 9000000 /dev/zero; echo $? > account; sleep 0.5; rm {disk}/home/job_logs/x.log", id="x")
         same((home.ended(id).state, home.lines("account")), (q.State.COMPLETED, ["1"]))
         same(home.ended(home.add()).state, q.State.COMPLETED)
 
@@ -3255,7 +3296,7 @@ def bound_by_modes() -> None:
 
 @posix
 def test_home_that_cannot_be_written_to_is_said_in_one_line(home: Home) -> None:
-    """A home without the right to write: one line for a command; a failed attempt with its reason for a job."""
+    """A home without the right to write: one line for a command; a job's log that cannot be kept is said with it."""
     if sys.platform != "linux" and os.geteuid() == 0:
         raise Skip("no mode binds root here")
     bound: dict[str, Any] = {"preexec_fn": bound_by_modes}
@@ -3266,8 +3307,9 @@ def test_home_that_cannot_be_written_to_is_said_in_one_line(home: Home) -> None:
     with child(home, SERVE, **bound) as worker:
         same(home.ended("a").state, q.State.COMPLETED)
         (home.path / "job_logs").chmod(0o500)
-        job = home.ended(home.add(max_retries=0))
-        assert job.state is q.State.DEAD and "cannot open its log" in (job.error or ""), job
+        job = home.ended(home.add("echo lost; exit 3", max_retries=0))
+        same((job.state, job.error), (q.State.DEAD, "exit code 3; its output is lost: Permission denied"))
+        same((home.ended(home.add()).error, home.ended(home.add("echo lost")).exit_code), (None, 0))
         (home.path / "job_logs").chmod(0o700)
         same((home.ended(home.add()).state, worker.poll()), (q.State.COMPLETED, None))
         worker.kill()

@@ -64,6 +64,8 @@ TEND_S = 1.0  # how often a worker looks for workers that died
 HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
+BUSY_LOOK_S = 0.003  # how long SQLite looks for a free lock, with 1 and 2 ms between, before we ask it again
+BUSY_REST_S = 0.0005  # between two such looks
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
@@ -817,6 +819,7 @@ class Orders(NamedTuple):
     cancelling: bool = False
 
 
+_Result = TypeVar("_Result")
 _BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {
     "priority": 0, "queue": "default", "hold": False, "on_lost": "retry", "snooze": False,
 }  # fmt: skip
@@ -840,12 +843,16 @@ def _saying_where(origin: str) -> Iterator[None]:
         raise type(error)(f"{origin}{error}") from None
 
 
+def _is_busy(error: Exception) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and ("locked" in str(error) or "busy" in str(error))
+
+
 def _domain_error(path: str, error: Exception) -> QueueError:
     """sqlite3's error as ours, in one line that says what to do."""
     text = str(error)
     if isinstance(error, UnicodeEncodeError):
         return BadInput("what was given is not valid Unicode")
-    if "locked" in text or "busy" in text:
+    if _is_busy(error):
         return StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done")
     if "full" in text or "disk I/O" in text:  # a shared memory file that cannot grow is an I/O error
         return StoreError(f"cannot write {path}, its disk is full or failing ({text}); nothing was stored")
@@ -862,12 +869,12 @@ def sqlite_version() -> str:
 class Transaction:
     """What happens inside `with` happens whole or not at all; one inside another is part of it."""
 
-    def __init__(self, db: sqlite3.Connection, path: str, begin: str) -> None:
-        self._db, self._path, self._begin, self._depth = db, path, begin, 0
+    def __init__(self, db: sqlite3.Connection, change: Callable[[str], object], begin: str) -> None:
+        self._db, self._change, self._begin, self._depth = db, change, begin, 0
 
     def __enter__(self) -> None:
         if not self._depth:
-            self._execute(self._begin)
+            self._change(self._begin)
         self._depth += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -876,16 +883,10 @@ class Transaction:
             return
         try:
             if kind is None:
-                self._execute("COMMIT")
+                self._change("COMMIT")
         finally:
             if self._db.in_transaction:
-                self._execute("ROLLBACK")
-
-    def _execute(self, sql: str) -> None:
-        try:
-            self._db.execute(sql)
-        except sqlite3.Error as error:
-            raise _domain_error(self._path, error) from error
+                self._change("ROLLBACK")
 
 
 class Store:
@@ -898,23 +899,20 @@ class Store:
     def __init__(self, path: str, patience_s: float = PATIENCE_S, *, durable: bool = True) -> None:
         if sqlite3.sqlite_version_info < (3, 35):
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
-        self.path = path
+        self.path, self._patience_s = path, patience_s
         try:
-            self._db = sqlite3.connect(path, timeout=patience_s, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=BUSY_LOOK_S, isolation_level=None)
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
-        self._writing = Transaction(self._db, path, "BEGIN IMMEDIATE")
+        self._writing = Transaction(self._db, self._change, "BEGIN IMMEDIATE")
         self._config: list[Any] = []  # the rows that the settings were made of
         self._settings = Settings()
         try:
-            self._bring_up(patience_s)
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._bring_up()
+            self._change(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             if not durable:
-                self._db.execute(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
-                self._db.execute(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
-        except sqlite3.Error as error:
-            self._db.close()
-            raise _domain_error(path, error) from error
+                self._change(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
+                self._change(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
         except StoreError:
             self._db.close()
             raise
@@ -931,34 +929,25 @@ class Store:
 
     # ---- the database itself
 
-    def _bring_up(self, patience_s: float) -> None:
+    def _bring_up(self) -> None:
         """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
         if self._version() == len(MIGRATIONS):
             return
-        self._db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:  # a switch to WAL does not wait for others by itself
-                mode = self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-                break
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-        if mode != "wal":
+        self._change(f"PRAGMA page_size = {PAGE_BYTES}")
+        if self._one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
         with self.writing():  # two processes may be here at once: look again inside
             for _, statements in MIGRATIONS[self._version() :]:
                 for statement in statements:
-                    self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+                    self._change(statement)
+            self._change(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _version(self) -> int:
         """The schema's version; StoreError where it is newer than this file, or not ours."""
-        version, application, has_tables = self._db.execute(  # in one statement: another may be making them
+        version, application, has_tables = self._one(  # in one statement: another may be making them
             """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master)
             FROM pragma_user_version, pragma_application_id"""
-        ).fetchone()
+        )
         if application != APPLICATION_ID and (version or has_tables):
             raise StoreError(f"{self.path} is the database of another program; set QUEUECTL_HOME to another directory")
         if version > len(MIGRATIONS):
@@ -974,7 +963,7 @@ class Store:
         try:
             return self._db.execute(sql, values).fetchall()
         except (sqlite3.Error, UnicodeEncodeError) as error:
-            raise _domain_error(self.path, error) from error
+            return self._again(error, lambda: self._db.execute(sql, values).fetchall())
 
     def _rows(self, sql: str) -> Iterator[Any]:
         """The rows of a statement one by one, for those that may be many."""
@@ -994,7 +983,22 @@ class Store:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise _domain_error(self.path, error) from error
+            return self._again(error, lambda: self._db.execute(sql, values).rowcount)
+
+    def _again(self, error: Exception, action: Callable[[], _Result]) -> _Result:
+        """What failed once more, as long as others hold the database and our patience lasts; or the error as ours.
+
+        SQLite itself would sleep longer after each look, up to 100 ms, while others come and go; so it gives
+        up after BUSY_LOOK_S, and is asked again. A switch to WAL it does not wait for at all.
+        """
+        deadline = time.monotonic() + self._patience_s
+        while _is_busy(error) and time.monotonic() < deadline:
+            time.sleep(BUSY_REST_S)
+            try:
+                return action()
+            except sqlite3.Error as another:
+                error = another
+        raise _domain_error(self.path, error) from error
 
     def _insert_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         try:
@@ -1042,7 +1046,7 @@ class Store:
             for origin, spec in specs
         )
         columns = (*_GIVEN, "origin")
-        with Transaction(self._db, self.path, "BEGIN"):
+        with Transaction(self._db, self._change, "BEGIN"):
             self._insert_many(
                 f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
             )
@@ -1647,7 +1651,7 @@ class Store:
                 copy.backup(self._db)
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
-        self._bring_up(PATIENCE_S)
+        self._bring_up()
         with self.writing():
             if not self._change("UPDATE sqlite_sequence SET seq = max(seq, :made) WHERE name = 'jobs'", made=made):
                 self._change("INSERT INTO sqlite_sequence VALUES ('jobs', :made)", made=made)
@@ -2783,9 +2787,6 @@ def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, 
 def now_ms() -> int:
     """The time of day in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
-
-
-_Result = TypeVar("_Result")
 
 
 class Worker:

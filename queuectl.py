@@ -3046,12 +3046,14 @@ def wake_one(home: Home, store: Store) -> None:
 def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) -> None:
     """Be a worker until told to leave; says one line when it is up."""
     bells: list[Bell] = []
-    with Store(home.database, WORKER_PATIENCE_S, durable=False) as store:
+    # The bell is the last to go: who waits for a worker to leave may then remove its home.
+    with contextlib.ExitStack() as last, Store(home.database, WORKER_PATIENCE_S, durable=False) as store:
         row = store.register(
             own_pid(), host_name(), list(queues) or None, drain, now_ms(),
-            open_bell=lambda worker: bells.append(Bell(home, worker)),
+            open_bell=lambda worker: bells.append(last.enter_context(contextlib.closing(Bell(home, worker)))),
             is_alive=functools.partial(is_alive, home),
         )  # fmt: skip
+        last.callback(remove_file, home.spool(row.id))
         say = worker_voice(home, row, echo)
         worker = Worker(home, store, row, bells[0], say)
         become_worker(worker.leave)
@@ -3063,9 +3065,6 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
         except BaseException as error:
             say(f"ended: {error!r}")
             raise
-        finally:
-            remove_file(home.spool(row.id))
-            bells[0].close()
 
 
 def serve_or_say(home: Home, queues: Sequence[str], drain: bool) -> None:
@@ -3892,7 +3891,7 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
     path = home.log(job.id)
     start, end = log_range(job, store.history(job), attempt)
     start = start if tail is None else max(start, tail_start(path, tail, end))
-    if follow and attempt is None:
+    if follow and end is None:
         follow_log(store, path, job, write_out, start)
         return
     blocks = read_log(path, start, end)

@@ -2321,10 +2321,15 @@ def test_logs_follow_goes_on_until_the_job_has_ended(home: Home) -> None:
     home.start()
     process = home.popen("logs", "--follow", "a", text=True)
     assert process.stdout and process.stderr
+    of_attempt = home.popen("logs", "--follow", "--attempt", "1", "a", text=True)
+    assert of_attempt.stdout and of_attempt.stderr
     same((process.stdout.readline(), process.poll()), ("first\n", None))
+    same((of_attempt.stdout.readline(), of_attempt.poll()), ("first\n", None))
     (home.work / "go").touch()
-    same((process.stdout.read(), process.wait(DEADLINE_S)), ("last\n", 0))
-    process.stdout.close(), process.stderr.close()
+    for each in (process, of_attempt):
+        assert each.stdout and each.stderr
+        same((each.stdout.read(), each.wait(DEADLINE_S)), ("last\n", 0))
+        each.stdout.close(), each.stderr.close()
 
 
 def test_list_sorts(home: Home) -> None:
@@ -3322,6 +3327,7 @@ def test_home_that_is_removed_is_left_by_its_workers(home: Home) -> None:
         home.add(sleepers.line, timeout=0)
         workers = [child(home, SERVE), child(home, SERVE)]
         until(lambda: len(living(home)) == 2 and sleepers.pids())
+        until(lambda: Path(home.home.worker_log).read_text().count("started") == 2, "both are up")
         shutil.rmtree(home.path)
         for worker in workers:
             said = finished(worker).err  # who looks while half of it is there may take another for dead

@@ -50,6 +50,7 @@ import os
 import re
 import signal
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1638,8 +1639,8 @@ class Store:
             raise _domain_error(path, error) from error
 
     def restore(self, path: str) -> None:
-        """Take the place of this database by a copy; ids that were made up since are not made up again."""
-        made = (self._one("SELECT max(seq) FROM sqlite_sequence WHERE name = 'jobs'") or (0,))[0] or 0
+        """Take the place of this database by a copy; ids made up since, workers' too, are not made up again."""
+        used = self._all("SELECT name, seq FROM sqlite_sequence")
         try:
             with contextlib.closing(sqlite3.connect(path)) as copy:
                 if copy.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
@@ -1653,8 +1654,15 @@ class Store:
             raise _domain_error(path, error) from error
         self._bring_up()
         with self.writing():
-            if not self._change("UPDATE sqlite_sequence SET seq = max(seq, :made) WHERE name = 'jobs'", made=made):
-                self._change("INSERT INTO sqlite_sequence VALUES ('jobs', :made)", made=made)
+            for name, seq in used:
+                self._change(
+                    """INSERT INTO sqlite_sequence SELECT :name, 0
+                    WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = :name)""",
+                    name=name,
+                )
+                self._change(
+                    "UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :name", name=name, seq=seq
+                )
 
     def set_clock_back(self, now: int) -> None:
         """Retries counted from a moment that now lies ahead are counted from now."""
@@ -1927,8 +1935,6 @@ if sys.platform == "win32":
     class Process:
         """A command in a job object of its own, which dies with this process."""
 
-        is_gone = False  # we cannot tell whether something of it is left that writes
-
         def __init__(
             self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
         ) -> None:
@@ -2015,9 +2021,11 @@ if sys.platform == "win32":
         finally:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
 
-    def adopt_orphans() -> bool:
-        """Have this process told of all that its jobs leave running; there is no such thing here."""
-        return False
+    CAN_TELL_WRITERS = False
+
+    def is_written_to(path: str) -> bool:
+        """May somebody hold a file open for writing? Nobody tells."""
+        return True
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
@@ -2054,6 +2062,7 @@ if sys.platform == "win32":
         os.environ[MARK] = NO_ATTEMPT
 
 else:
+    import fcntl
     import select
 
     _RING = b"\0"  # never the number of a signal
@@ -2088,6 +2097,25 @@ else:
         """A descriptor that appends, also in the processes that inherit it."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
+    CAN_TELL_WRITERS = hasattr(fcntl, "F_SETLEASE")  # Linux
+
+    def is_written_to(path: str) -> bool:
+        """May somebody hold a file open for writing? The system leases it to a reader only where nobody does.
+
+        See fcntl(2), F_SETLEASE; where it does not lease, nobody can tell.
+        """
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError:
+            return True
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
     class Bell:
         """A FIFO: it has a reader as long as its worker lives, which the system sees to.
 
@@ -2115,8 +2143,10 @@ else:
         def close(self) -> None:
             """Listen no more."""
             signal.set_wakeup_fd(-1)
+            with contextlib.suppress(OSError):  # in a home that was made anew it is another's
+                if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                    remove_file(self._path)
             os.close(self._fd)
-            remove_file(self._path)
 
     def _with_fifo(home: Home, worker: int, message: bytes) -> bool:
         try:
@@ -2251,14 +2281,13 @@ else:
         return {process for process, parent in _processes().items() if parent == os.getpid()}
 
     class Process:
-        """A command in a group of its own, whose orphans come to this process."""
+        """A command in a session of its own, whose orphans come to this process."""
 
         def __init__(
             self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
         ) -> None:
             self._mark, self._spared = mark, _own_children()
             self._exit: Exit | None = None
-            self.is_gone = False  # is nothing left of it, nor of any attempt before?
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
             env[MARK] = mark
             os.chdir(cwd)
@@ -2271,19 +2300,17 @@ else:
                         (os.POSIX_SPAWN_DUP2, log, 1),
                         (os.POSIX_SPAWN_DUP2, log, 2),
                     ],
-                    setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP), **_apart(),
+                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
                 )  # fmt: skip
             finally:
                 os.chdir("/")
 
         def poll(self) -> Exit | None:
             """How it ended; None while it runs. Orphans that ended are seen off."""
-            try:
+            with contextlib.suppress(ChildProcessError):  # nothing is left
                 while (ended := os.wait4(-1, os.WNOHANG))[0]:
                     if ended[0] == self._pid:
                         self._exit = _exit_of(*ended[1:])
-            except ChildProcessError:
-                self.is_gone = True
             return self._exit
 
         def _members(self) -> set[_Identity]:
@@ -2297,13 +2324,6 @@ else:
 
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
-
-    def _apart() -> Any:
-        """How a command is kept from the terminal: a new session costs a twentieth of `true`, a group nothing.
-
-        A worker that leads its session was detached, so there is no terminal to keep it from.
-        """
-        return {"setpgroup": 0} if os.getsid(0) == os.getpid() else {"setsid": True}
 
     def _exit_of(status: int, usage: Any) -> Exit:
         code = os.waitstatus_to_exitcode(status)
@@ -2337,18 +2357,8 @@ else:
 
         return _end_all(find, 0, patience_s=0.5)
 
-    def adopt_orphans() -> bool:
-        """Be the parent of what its own parent leaves behind, so that no child means that nothing is left.
-
-        False where the system has no such thing: Linux alone has (prctl(2), PR_SET_CHILD_SUBREAPER).
-        """
-        pr_set_child_subreaper = 36
-        with contextlib.suppress(AttributeError, OSError):
-            return bool(_HAS_PROC and _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0) == 0)
-        return False
-
     def become_worker(on_stop: Callable[[], None]) -> None:
-        """Let signals mean: finish and leave; keep descriptors from jobs."""
+        """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: on_stop())
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -2356,8 +2366,9 @@ else:
         for fd in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(fd), False)
-        m_trim_threshold = -1
-        with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+        pr_set_child_subreaper, m_trim_threshold = 36, -1
+        with contextlib.suppress(AttributeError, OSError):  # Linux and its glibc have these alone
+            _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
             _libc().mallopt(m_trim_threshold, 64 << 20)  # memory goes back and forth with every statement otherwise
 
     def _libc() -> Any:
@@ -2614,15 +2625,15 @@ class JobLog:
     """The log of a job, open for one attempt.
 
     To make a file may cost half of what it costs to start a program, and many a command has nothing
-    to say. So what it writes goes to its worker's spool, which becomes the log once something is in
-    it, at the first look of `tend`, or where something is left that could still write to it; else it
-    serves the next job.
+    to say. So what it writes goes to its worker's spool, which becomes the log at the first look of
+    `tend`, or at the end where something is in it or somebody could still write to it; else it serves
+    the next job.
     """
 
     def __init__(self, path: str, attempt: int, spool: str | None) -> None:
         self._path, self._at = path, path if spool is None or os.path.exists(path) else spool
         self.trouble: str | None = None  # why what was written is lost
-        self.fd = open_log(self._at)
+        self.fd = open_log(path) if self._at == path else open_spool(self._at)
         self.start = os.fstat(self.fd).st_size
         if self.start:
             newline = "" if _ends_line(path) else "\n"
@@ -2647,22 +2658,34 @@ class JobLog:
                 os.truncate(self._at, limit)
                 self._write(note)
 
-    def close(self, limit: int, is_gone: bool) -> int:
-        """Where it ends; `is_gone` where nobody is left who could write to it."""
+    def close(self, limit: int) -> int:
+        """Let go of it, with no more in it than the limit; where it ends."""
         end = os.fstat(self.fd).st_size
-        if end or not is_gone:
-            self.tend(limit)
-            end = os.fstat(self.fd).st_size
+        if not end and self._at != self._path:
+            os.close(self.fd)
+            if is_written_to(self._at):
+                keep_spooled(self._at, self._path)
+            return 0
+        self.tend(limit)
+        end = os.fstat(self.fd).st_size
         os.close(self.fd)
-        if self.trouble:  # the next job is not to find it
-            with contextlib.suppress(OSError):
-                os.truncate(self._at, 0)
-            remove_file(self._at)
         return end
 
 
+def open_spool(path: str) -> int:
+    """A descriptor of a spool that is as new: what one job did to it is not to reach the log of the next."""
+    with contextlib.suppress(OSError):
+        fd = open_log(path)
+        found = os.fstat(fd)
+        if not found.st_size and stat.S_IMODE(found.st_mode) == 0o600:
+            return fd
+        os.close(fd)
+    os.unlink(path)
+    return open_log(path)
+
+
 def keep_spooled(spool: str, path: str) -> None:
-    """What a dead worker's spool holds is its job's log, unless that had been made."""
+    """Make a spool the log of its job, unless there is one."""
     if not os.path.exists(path):
         with contextlib.suppress(OSError):  # there is no spool where there is nothing to keep
             os.rename(spool, path)
@@ -2706,13 +2729,13 @@ def run_attempt(
     try:
         process = Process(job.command, job.cwd, env, log.fd, mark)
     except (OSError, ValueError) as error:
-        log.close(0, is_gone=True)
+        log.close(0)
         return start_failure(error if isinstance(error, OSError) else OSError(0, str(error)), job)
     try:
         end, exit = _watch(process, log, job, settings, bell, interrupted)
     finally:
         process.close()
-        log_end = log.close(settings.log_max_bytes, process.is_gone)
+        log_end = log.close(settings.log_max_bytes)
     wrong = "; ".join(filter(None, (_error_of(end, exit, job, settings), log.trouble)))
     return Outcome(end, exit.exit_code if end is End.EXITED else None, exit.signal, wrong or None,
                    exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
@@ -2742,12 +2765,11 @@ def _watch(
         rung = bell.wait(min(LOOK_S, left_s), process)
         if exit := process.poll():
             return end, exit
+        log.tend(settings.log_max_bytes)
         left_s = deadline - time.monotonic()
         if why := End.TIMED_OUT if left_s <= 0 else interrupted(rung):
             end, left_s = why, LOOK_S
             process.end(settings.kill_grace)
-        else:
-            log.tend(settings.log_max_bytes)
 
 
 def hook_for(state: State | None, settings: Settings) -> str:
@@ -2806,7 +2828,7 @@ class Worker:
             "QUEUECTL_HOME": home.path,
             "QUEUECTL_SLOT": str(row.slot),
         }
-        self._spool = home.spool(row.id) if adopt_orphans() else None
+        self._spool = home.spool(row.id) if CAN_TELL_WRITERS else None
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
         self._clock_ms = self._now() - time.monotonic() * 1000
@@ -2841,6 +2863,8 @@ class Worker:
                 break
             elif came_idle:  # otherwise claim once more first: the version is noted only then
                 self._wait()
+        if not self._is_homeless:  # what is there then is another's
+            remove_file(self._home.spool(self._row.id))
         self._keep_trying(functools.partial(self._store.unregister, self._row.id), True)
 
     # ---- claim and record
@@ -3053,7 +3077,7 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
             open_bell=lambda worker: bells.append(last.enter_context(contextlib.closing(Bell(home, worker)))),
             is_alive=functools.partial(is_alive, home),
         )  # fmt: skip
-        last.callback(remove_file, home.spool(row.id))
+        remove_file(home.spool(row.id))  # of a queue that was here before: something may still write to it
         say = worker_voice(home, row, echo)
         worker = Worker(home, store, row, bells[0], say)
         become_worker(worker.leave)

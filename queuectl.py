@@ -65,8 +65,7 @@ TEND_S = 1.0  # how often a worker looks for workers that died
 HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
-BUSY_LOOK_S = 0.003  # how long SQLite looks for a free lock, with 1 and 2 ms between, before we ask it again
-BUSY_REST_S = 0.0005  # between two such looks
+BUSY_RESTS_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
@@ -902,7 +901,7 @@ class Store:
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
         self.path, self._patience_s = path, patience_s
         try:
-            self._db = sqlite3.connect(path, timeout=BUSY_LOOK_S, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
         self._writing = Transaction(self._db, self._change, "BEGIN IMMEDIATE")
@@ -989,12 +988,14 @@ class Store:
     def _again(self, error: Exception, action: Callable[[], _Result]) -> _Result:
         """What failed once more, as long as others hold the database and our patience lasts; or the error as ours.
 
-        SQLite itself would sleep longer after each look, up to 100 ms, while others come and go; so it gives
-        up after BUSY_LOOK_S, and is asked again. A switch to WAL it does not wait for at all.
+        SQLite itself would sleep for 1 ms at least, where a worker holds the lock for a tenth of that, and then
+        ever longer, up to 100 ms, while others come and go. A switch to WAL it does not wait for at all.
         """
         deadline = time.monotonic() + self._patience_s
+        rest_s, most_s = BUSY_RESTS_S
         while _is_busy(error) and time.monotonic() < deadline:
-            time.sleep(BUSY_REST_S)
+            time.sleep(rest_s)
+            rest_s = min(2 * rest_s, most_s)
             try:
                 return action()
             except sqlite3.Error as another:

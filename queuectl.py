@@ -867,7 +867,7 @@ def sqlite_version() -> str:
 
 
 class Transaction:
-    """What happens inside `with` happens whole or not at all; one inside another is part of it."""
+    """What happens inside `with` happens whole or not at all; entered again while it is open, it goes on."""
 
     def __init__(self, db: sqlite3.Connection, change: Callable[[str], object], begin: str) -> None:
         self._db, self._change, self._begin, self._depth = db, change, begin, 0
@@ -899,7 +899,7 @@ class Store:
     def __init__(self, path: str, patience_s: float = PATIENCE_S, *, durable: bool = True) -> None:
         if sqlite3.sqlite_version_info < (3, 35):
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
-        self.path, self._patience_s = path, patience_s
+        self.path, self.patience_s = path, patience_s
         try:
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
         except sqlite3.Error as error:
@@ -989,15 +989,19 @@ class Store:
         """What failed once more, as long as others hold the database and our patience lasts; or the error as ours.
 
         SQLite itself would sleep for 1 ms at least, where a worker holds the lock for a tenth of that, and then
-        ever longer, up to 100 ms, while others come and go. A switch to WAL it does not wait for at all.
+        ever longer, up to 100 ms, while others come and go. A switch to WAL it does not wait for at all. Only
+        the rests count as waiting: a process that was stopped meanwhile has not looked.
         """
-        deadline = time.monotonic() + self._patience_s
+        left_s = self.patience_s
         rest_s, most_s = BUSY_RESTS_S
-        while _is_busy(error) and time.monotonic() < deadline:
+        while _is_busy(error) and left_s > 0:
             time.sleep(rest_s)
+            left_s -= rest_s
             rest_s = min(2 * rest_s, most_s)
             try:
                 return action()
+            except sqlite3.IntegrityError:
+                raise
             except sqlite3.Error as another:
                 error = another
         raise _domain_error(self.path, error) from error
@@ -1733,8 +1737,11 @@ class Home(NamedTuple):
         return os.path.join(self.path, "job_logs", f"{job}.log")
 
     def spool(self, worker: int) -> str:
-        """What a worker's job has written until its log is made; a name that no job can have."""
-        return os.path.join(self.path, "job_logs", f".{worker}")
+        """What a worker's job has written until its log is made: a name that no job can have.
+
+        Nor a worker of a queue that takes the place of this one: its database is another file.
+        """
+        return os.path.join(self.path, "job_logs", f".{worker}-{file_identity(self.database)[1]}")
 
     def bell(self, worker: int) -> str:
         """The file by which a worker is woken, on systems where it is a file."""
@@ -2430,7 +2437,7 @@ def open_home() -> Home:
     return home
 
 
-def home_problems(home: Home, jobs: Callable[[str], bool]) -> Iterator[str]:
+def home_problems(home: Home, jobs: Callable[[str], bool], workers: Iterable[int]) -> Iterator[str]:
     """What is wrong with a home beside its database; `jobs` says whether a job of that id exists."""
     for path in (home.path, home.database, home.worker_log):
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
@@ -2439,20 +2446,21 @@ def home_problems(home: Home, jobs: Callable[[str], bool]) -> Iterator[str]:
             yield f"{path} can be read by others; run: chmod go= {path}"
     if is_remote(home.path):
         yield f"{home.path} is on a network file system, which cannot hold a WAL database; use a local one"
-    stray = stray_logs(home, jobs)
+    stray = stray_logs(home, jobs, workers)
     if stray:
         yield f"{len(stray)} logs belong to no job, {stray[0]} among them"
 
 
-def stray_logs(home: Home, jobs: Callable[[str], bool]) -> list[str]:
-    """The files among the logs that belong to no job, nor to a worker."""
-    names = [name for name in os.listdir(os.path.dirname(home.log(""))) if not name.startswith(".")]
-    return [name for name in names if not (name.endswith(".log") and jobs(name.removesuffix(".log")))]
+def stray_logs(home: Home, jobs: Callable[[str], bool], workers: Iterable[int]) -> list[str]:
+    """The files among the logs that belong to no job, and to none of these workers."""
+    spools = {os.path.basename(home.spool(worker)) for worker in workers}
+    names = set(os.listdir(os.path.dirname(home.log("")))) - spools
+    return sorted(name for name in names if not (name.endswith(".log") and jobs(name.removesuffix(".log"))))
 
 
-def remove_stray_logs(home: Home, jobs: Callable[[str], bool]) -> None:
+def remove_stray_logs(home: Home, jobs: Callable[[str], bool], workers: Iterable[int]) -> None:
     """Remove them."""
-    for name in stray_logs(home, jobs):
+    for name in stray_logs(home, jobs, workers):
         remove_file(os.path.join(os.path.dirname(home.log("")), name))
 
 
@@ -2648,29 +2656,41 @@ class JobLog:
     def tend(self, limit: int) -> None:
         """See that it is in its place, and drop what was written beyond a number of bytes; 0 for no limit."""
         if self._at != self._path:
-            try:
-                os.rename(self._at, self._path)
-                self._at, self.trouble = self._path, None
-            except OSError as error:
-                self.trouble = f"its output is lost: {error.strerror}"
+            self._take_place()
         note = f"\n--- output beyond {limit} bytes is dropped (config log_max_bytes) ---\n"
         if limit and os.fstat(self.fd).st_size > limit + len(note):
             with contextlib.suppress(OSError):
                 os.truncate(self._at, limit)
                 self._write(note)
 
+    def _take_place(self) -> None:
+        try:
+            os.rename(self._at, self._path)
+            self._at, self.trouble = self._path, None
+        except OSError as error:
+            self.trouble = f"its output is lost: {error.strerror}"
+
     def close(self, limit: int) -> int:
         """Let go of it, with no more in it than the limit; where it ends."""
         end = os.fstat(self.fd).st_size
-        if not end and self._at != self._path:
+        if end or self._at == self._path:
+            self.tend(limit)
+            end = os.fstat(self.fd).st_size
             os.close(self.fd)
-            if is_written_to(self._at):
-                keep_spooled(self._at, self._path)
-            return 0
-        self.tend(limit)
-        end = os.fstat(self.fd).st_size
-        os.close(self.fd)
+        else:
+            os.close(self.fd)
+            self._close_silent()
+        if self.trouble:  # the next job is not to write to it, not even where it cannot be removed
+            with contextlib.suppress(OSError):
+                os.chmod(self._at, 0)
+            remove_file(self._at)
         return end
+
+    def _close_silent(self) -> None:
+        """Leave the spool to the next job, if nobody writes to it any more, nor has in this moment."""
+        self.trouble = None
+        if is_written_to(self._at) or os.path.getsize(self._at):
+            self._take_place()
 
 
 def open_spool(path: str) -> int:
@@ -2686,7 +2706,7 @@ def open_spool(path: str) -> int:
 
 
 def keep_spooled(spool: str, path: str) -> None:
-    """Make a spool the log of its job, unless there is one."""
+    """What a dead worker's spool holds is its job's log, unless that had been made."""
     if not os.path.exists(path):
         with contextlib.suppress(OSError):  # there is no spool where there is nothing to keep
             os.rename(spool, path)
@@ -2864,8 +2884,8 @@ class Worker:
                 break
             elif came_idle:  # otherwise claim once more first: the version is noted only then
                 self._wait()
-        if not self._is_homeless:  # what is there then is another's
-            remove_file(self._home.spool(self._row.id))
+        if self._spool:
+            remove_file(self._spool)
         self._keep_trying(functools.partial(self._store.unregister, self._row.id), True)
 
     # ---- claim and record
@@ -3072,13 +3092,14 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
     """Be a worker until told to leave; says one line when it is up."""
     bells: list[Bell] = []
     # The bell is the last to go: who waits for a worker to leave may then remove its home.
-    with contextlib.ExitStack() as last, Store(home.database, WORKER_PATIENCE_S, durable=False) as store:
+    with contextlib.ExitStack() as last, Store(home.database, durable=False) as store:
         row = store.register(
             own_pid(), host_name(), list(queues) or None, drain, now_ms(),
             open_bell=lambda worker: bells.append(last.enter_context(contextlib.closing(Bell(home, worker)))),
             is_alive=functools.partial(is_alive, home),
         )  # fmt: skip
-        remove_file(home.spool(row.id))  # of a queue that was here before: something may still write to it
+        remove_file(home.spool(row.id))  # that of a worker of this id in an earlier queue: something may write to it
+        store.patience_s = WORKER_PATIENCE_S  # from here on there is more to do than to wait
         say = worker_voice(home, row, echo)
         worker = Worker(home, store, row, bells[0], say)
         become_worker(worker.leave)
@@ -4271,7 +4292,7 @@ def findings(home: Home, store: Store) -> Iterator[str]:
     dead = [row for row in store.workers() if not is_alive(home, row.id)]
     yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
                 "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
-    yield from home_problems(home, store.exists)
+    yield from home_problems(home, store.exists, [row.id for row in store.workers()])
     if free_bytes(home.path) < LOW_DISK_BYTES:
         yield f"the disk of {home.path} is nearly full"
 
@@ -4280,7 +4301,7 @@ def mend(home: Home, store: Store) -> None:
     """Repair what the findings are about, as far as it can be."""
     store.repair(now_ms())
     make_private(home)
-    remove_stray_logs(home, store.exists)
+    remove_stray_logs(home, store.exists, [row.id for row in store.workers()])
 
 
 @cli.command()

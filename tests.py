@@ -1174,11 +1174,18 @@ def test_log_is_never_that_of_the_job_before(home: Home) -> None:
 
 
 @posix
+def test_log_has_what_comes_in_the_moment_of_the_end(home: Home) -> None:
+    """What is written between a job's end and the next job's begin is in its log."""
+    ids = home.add_all([{"command": "echo hi &"}] * 100)
+    home.start()
+    until(lambda: all(home.log(id) == b"hi\n" for id in ids))
+
+
+@posix
 def test_log_is_not_what_somebody_else_did_to_the_spool(home: Home) -> None:
     """Neither what lay there before, nor what a job has passed its output to, nor its modes reach another's log."""
-    spool = Path(home.home.spool(1))
-    spool.parent.mkdir(parents=True, exist_ok=True)
-    spool.write_text("of another time")
+    home.run("status")
+    Path(home.home.spool(1)).write_text("of another time")
     passes = "import array, socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('socket')\n"
     passes += "s.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [1]))])"
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:

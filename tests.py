@@ -1176,7 +1176,7 @@ def test_log_is_never_that_of_the_job_before(home: Home) -> None:
 @posix
 def test_log_has_what_comes_in_the_moment_of_the_end(home: Home) -> None:
     """What is written between a job's end and the next job's begin is in its log."""
-    ids = home.add_all([{"command": "echo hi &"}] * 100)
+    ids = home.add_all([{"command": "echo hi &"}] * 400)
     home.start()
     until(lambda: all(home.log(id) == b"hi\n" for id in ids))
 

@@ -1175,10 +1175,17 @@ def test_log_is_never_that_of_the_job_before(home: Home) -> None:
 
 @posix
 def test_log_has_what_comes_in_the_moment_of_the_end(home: Home) -> None:
-    """What is written between a job's end and the next job's begin is in its log."""
-    ids = home.add_all([{"command": "echo hi &"}] * 400)
-    home.start()
-    until(lambda: all(home.log(id) == b"hi\n" for id in ids))
+    """What a job's leftover writes while the spool is being closed, and then lets go, is in the job's log."""
+    home.run("status")
+    late = """
+def written_to(path):
+    open(path, "w").write("late")
+    return False
+q.is_written_to = written_to
+log = q.JobLog(home.log("a"), 1, home.spool(7))
+log.close(0)"""
+    same(finished(child(home, "home = q.open_home()" + late)).err, "")
+    same((home.log("a"), os.path.exists(home.home.spool(7))), (b"late", False))
 
 
 @posix

@@ -2631,6 +2631,7 @@ class Chaos:
     def __init__(self, home: Home, seed: int, seconds: float) -> None:
         self.home, self.chance, self.seconds = home, random.Random(seed), seconds
         self.enqueuers: list[subprocess.Popen[Any]] = []
+        self.starter: subprocess.Popen[Any] | None = None
         self.asleep: dict[int, float] = {}  # when a stopped process goes on
         self.stops = self.kills = 0
 
@@ -2649,6 +2650,20 @@ class Chaos:
         (self.home.work / f"{len(self.enqueuers)}.in").write_text(self.batch())
         with open(self.home.work / f"{len(self.enqueuers)}.out", "w") as file:
             self.enqueuers.append(self.home.popen("enqueue", "--file", f"{len(self.enqueuers)}.in", stdout=file))
+
+    def start(self) -> None:
+        """Start workers, and go on at once: one that is stopped may hold the lock until it is woken."""
+        if self.starter is None:
+            self.starter = self.home.popen("worker", "start", "--count", "2")
+        elif self.starter.poll() is not None:
+            self.started()
+
+    def started(self) -> None:
+        """Whoever starts workers waits for the lock long enough; but they may be killed before they are up."""
+        if self.starter:
+            said = finished(self.starter).err
+            assert "another program holds" not in said and "Traceback" not in said, said
+        self.starter = None
 
     def victims(self) -> list[int]:
         """The workers and enqueuers that run; none of them is a stranger."""
@@ -2684,11 +2699,12 @@ class Chaos:
             if len([p for p in self.enqueuers if p.poll() is None]) < 2:
                 self.enqueue()
             if len(living(self.home)) < 4 + len(self.asleep):
-                self.home.run("worker", "start", "--count", "2")
+                self.start()
             time.sleep(self.chance.uniform(0.05, 0.4))
             self.hit()
             self.wake(time.monotonic())
         self.wake(end + 1000)
+        self.started()
         for process in self.enqueuers:
             finished(process)
 

@@ -477,7 +477,8 @@ def iso_time(ms: int | None) -> str | None:
     """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
     if ms is None:
         return None
-    moment = datetime.datetime.fromtimestamp(ms / 1000, datetime.timezone.utc)
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+    moment = epoch + datetime.timedelta(milliseconds=ms)  # fromtimestamp fails on Windows from the year 3001 on
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -485,6 +485,13 @@ def test_parse_job_says_where_json_breaks() -> None:
             q.parse_job(text)
 
 
+def test_iso_time_reaches_as_far_as_a_job_may_be_put_off() -> None:
+    """A moment is shown to the millisecond, from 1970 to the last day of the year 9999, on every system."""
+    same(q.iso_time(1), "1970-01-01T00:00:00.001Z")
+    same(q.iso_time(1_795_534_753_887), "2026-11-24T15:39:13.887Z")
+    same(q.iso_time(q.MAX_SECONDS * 1000), "9999-12-31T23:59:59.000Z")
+
+
 def test_run_at_is_unix_seconds_or_iso_8601() -> None:
     """A start time may be Unix seconds or ISO 8601, which without a zone means local time."""
     def at(value: Any) -> int:

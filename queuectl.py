@@ -1660,15 +1660,14 @@ class Store:
             raise _domain_error(path, error) from error
         self._bring_up()
         with self.writing():
-            for name, seq in used:
-                self._change(
-                    """INSERT INTO sqlite_sequence SELECT :name, 0
-                    WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = :name)""",
-                    name=name,
-                )
-                self._change(
-                    "UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :name", name=name, seq=seq
-                )
+            for table, seq in used:
+                self._number_from(table, seq)
+
+    def _number_from(self, table: str, seq: int) -> None:
+        """Let the next row of a table have a number above this one."""
+        values = {"table": table, "seq": seq}
+        if not self._change("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
+            self._change("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
 
     def set_clock_back(self, now: int) -> None:
         """Retries counted from a moment that now lies ahead are counted from now."""
@@ -3599,7 +3598,6 @@ class Program(click.Group):
         except OSError as error:
             code = _fail(f"{error.strerror or error}: {error.filename or 'output'}", 1)
         sys.exit(code or 0)
-
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Show the help where no command is named."""

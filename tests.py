@@ -2340,11 +2340,14 @@ def test_backup_is_whole_and_can_be_restored(home: Home) -> None:
     home.add(id="a", hold=True)
     home.start()
     home.run("backup", "copy.db")
+    home.start()
     home.add(id="b", hold=True)
     assert "stop" in home.fails("backup", "--restore", "copy.db")
     home.run("worker", "stop")
     home.run("backup", "--restore", "copy.db")
     same([job.id for job in home.store.jobs()], ["a"])
+    same([row.id for row in home.start()], [3])  # no id is used twice, though the copy knows of one alone
+    home.run("worker", "stop")
     (home.work / "bad.db").write_bytes(b"not a database" * 1000)
     for name in ("gone.db", "bad.db"):
         home.fails("backup", "--restore", name)

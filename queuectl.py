@@ -66,6 +66,7 @@ HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
 BUSY_RESTS_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
+TURN_S = 0.05  # how long a worker waits for its turn to write before it just tries
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
@@ -1944,7 +1945,7 @@ if sys.platform == "win32":
         """A command in a job object of its own, which dies with this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, given: int | None = None
         ) -> None:
             line = _shell_line(command) if isinstance(command, str) else [_program(command[0], cwd, env), *command[1:]]
             env[MARK] = mark
@@ -1952,12 +1953,14 @@ if sys.platform == "win32":
             self._job = _new_job(mark)
             try:
                 _limit(self._job, _KILL_ON_JOB_CLOSE)
-                self._popen = subprocess.Popen(
-                    line, cwd=cwd, env=dict(spelled.values()),
-                    stdin=subprocess.DEVNULL if given is None else given, stdout=log, stderr=log,
-                    # A hidden console of its own: no window, and no Ctrl-C that is meant for the worker.
-                    creationflags=subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP | _CREATE_SUSPENDED,
-                )  # fmt: skip
+                with os.fdopen(open_log(log), "ab") as output:
+                    self._popen = subprocess.Popen(
+                        line, cwd=cwd, env=dict(spelled.values()),
+                        stdin=subprocess.DEVNULL if given is None else given, stdout=output, stderr=output,
+                        # A hidden console of its own: no window, and no Ctrl-C that is meant for the worker.
+                        creationflags=subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+                        | _CREATE_SUSPENDED,
+                    )  # fmt: skip
                 self.handle = int(self._popen._handle)  # type: ignore[attr-defined]
                 self._resume()
             except BaseException:
@@ -2031,9 +2034,24 @@ if sys.platform == "win32":
 
     CAN_TELL_WRITERS = False
 
-    def is_written_to(path: str) -> bool:
-        """May somebody hold a file open for writing? Nobody tells."""
+    def is_written_to(fd: int) -> bool:
+        """May somebody hold the file that a descriptor reads open for writing? Nobody tells."""
         return True
+
+    class Turn:
+        """Workers that want to write at the same time: here each tries until it may."""
+
+        def __init__(self, home: Home) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            """Nothing is held."""
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
@@ -2101,28 +2119,58 @@ else:
         kind = max(holding, default=("", ""))[1]
         return kind.startswith(("nfs", "cifs", "smb", "ceph", "fuse.sshfs", "lustre", "afs"))
 
+    _APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+
     def open_log(path: str) -> int:
-        """A descriptor that appends, also in the processes that inherit it."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        """A descriptor that appends."""
+        return os.open(path, _APPENDING, 0o600)
 
     CAN_TELL_WRITERS = hasattr(fcntl, "F_SETLEASE")  # Linux
 
-    def is_written_to(path: str) -> bool:
-        """May somebody hold a file open for writing? The system leases it to a reader only where nobody does.
+    def is_written_to(fd: int) -> bool:
+        """May somebody hold the file that a descriptor reads open for writing?
 
-        See fcntl(2), F_SETLEASE; where it does not lease, nobody can tell.
+        The system leases it to a reader only where nobody does: see fcntl(2), F_SETLEASE. Where it does not
+        lease, nobody can tell.
         """
         try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError:
-            return True
-        try:
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         except OSError:
             return True
-        finally:
-            os.close(fd)
         return False
+
+    class Turn:
+        """Workers that want to write at the same time queue up: the system wakes one after the other.
+
+        It is a courtesy that saves them from trying again and again. The database has its own lock; so who waits
+        for long, since whoever has the turn was stopped or has to wait too, goes ahead.
+        """
+
+        def __init__(self, home: Home) -> None:
+            self._fd = os.open(os.path.dirname(home.bell(0)), os.O_RDONLY)
+
+        def __enter__(self) -> None:
+            with contextlib.suppress(OSError):  # TimeoutError is one, and a file system without such locks gives one
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    signal.setitimer(signal.ITIMER_REAL, TURN_S)
+                    try:
+                        fcntl.flock(self._fd, fcntl.LOCK_EX)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+
+        def __exit__(self, *_: object) -> None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+        def close(self) -> None:
+            """Queue up no more."""
+            os.close(self._fd)
+
+    def _stop_waiting(*_: object) -> None:
+        raise TimeoutError
 
     class Bell:
         """A FIFO: it has a reader as long as its worker lives, which the system sees to.
@@ -2292,7 +2340,7 @@ else:
         """A command in a session of its own, whose orphans come to this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: int, mark: str, given: int | None = None
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, given: int | None = None
         ) -> None:
             self._mark, self._spared = mark, _own_children()
             self._exit: Exit | None = None
@@ -2305,8 +2353,8 @@ else:
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
                         if given is None else (os.POSIX_SPAWN_DUP2, given, 0),
-                        (os.POSIX_SPAWN_DUP2, log, 1),
-                        (os.POSIX_SPAWN_DUP2, log, 2),
+                        (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
+                        (os.POSIX_SPAWN_DUP2, 1, 2),
                     ],
                     setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
                 )  # fmt: skip
@@ -2370,7 +2418,9 @@ else:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: on_stop())
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it rings the bell
+        for number in (signal.SIGCHLD, signal.SIGIO):  # the one rings the bell; the other says that a lease was broken
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGALRM, _stop_waiting)
         for fd in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(fd), False)
@@ -2630,79 +2680,92 @@ def _ends_line(path: str) -> bool:
         return file.read(1) == b"\n"
 
 
+class Spool:
+    """The file that takes what a worker's jobs write, until one of them has something to say.
+
+    To make a file may cost half of what it costs to start a program, and many a command is silent. The worker
+    keeps it open to look, and each command opens it to write: so the system can tell whether any still may.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def take(self) -> int:
+        """A descriptor, of a file that is as new: what one job did to it is not to reach the log of the next."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            found = os.fstat(fd)
+            if found.st_nlink and not found.st_size and stat.S_IMODE(found.st_mode) == 0o600:
+                return fd
+            os.close(fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        return os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o600)
+
+    def give_back(self, fd: int) -> bool:
+        """Leave it to the next job, unless something is in it, or still may come into it."""
+        if is_written_to(fd) or os.fstat(fd).st_size:  # in this order: whoever has just let go may have written
+            return False
+        self._fd = fd
+        return True
+
+
 class JobLog:
     """The log of a job, open for one attempt.
 
-    To make a file may cost half of what it costs to start a program, and many a command has nothing
-    to say. So what it writes goes to its worker's spool, which becomes the log at the first look of
-    `tend`, or at the end where something is in it or somebody could still write to it; else it serves
-    the next job.
+    Where there is none yet, what the attempt writes goes to its worker's spool, which becomes the log at the
+    first look of `tend`, or at the end where it cannot serve the next job.
     """
 
-    def __init__(self, path: str, attempt: int, spool: str | None) -> None:
-        self._path, self._at = path, path if spool is None or os.path.exists(path) else spool
+    def __init__(self, path: str, attempt: int, spool: Spool | None) -> None:
+        self._path, self._spool = path, None if os.access(path, os.F_OK) else spool
+        self.at = self._spool.path if self._spool else path  # what the command is to write to
         self.trouble: str | None = None  # why what was written is lost
-        self.fd = open_log(path) if self._at == path else open_spool(self._at)
-        self.start = os.fstat(self.fd).st_size
+        self._fd = self._spool.take() if self._spool else open_log(path)
+        self.start = self._size()
         if self.start:
             newline = "" if _ends_line(path) else "\n"
             self._write(f"{newline}--- attempt {attempt}, {iso_time(round(time.time() * 1000))} ---\n")
-            self.start = os.fstat(self.fd).st_size
+            self.start = self._size()
+
+    def _size(self) -> int:
+        return os.fstat(self._fd).st_size
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self.fd, text.encode())
+        with contextlib.suppress(OSError), os.fdopen(open_log(self.at), "ab") as file:
+            file.write(text.encode())
 
     def tend(self, limit: int) -> None:
         """See that it is in its place, and drop what was written beyond a number of bytes; 0 for no limit."""
-        if self._at != self._path:
+        if self.at != self._path:
             self._take_place()
         note = f"\n--- output beyond {limit} bytes is dropped (config log_max_bytes) ---\n"
-        if limit and os.fstat(self.fd).st_size > limit + len(note):
+        if limit and self._size() > limit + len(note):
             with contextlib.suppress(OSError):
-                os.truncate(self._at, limit)
+                os.truncate(self.at, limit)
                 self._write(note)
 
     def _take_place(self) -> None:
         try:
-            os.rename(self._at, self._path)
-            self._at, self.trouble = self._path, None
+            os.rename(self.at, self._path)
+            self.at, self.trouble = self._path, None
         except OSError as error:
             self.trouble = f"its output is lost: {error.strerror}"
 
     def close(self, limit: int) -> int:
         """Let go of it, with no more in it than the limit; where it ends."""
-        end = os.fstat(self.fd).st_size
-        if end or self._at == self._path:
-            self.tend(limit)
-            end = os.fstat(self.fd).st_size
-            os.close(self.fd)
-        else:
-            os.close(self.fd)
-            self._close_silent()
+        if self._spool and self.at != self._path and self._spool.give_back(self._fd):
+            self.trouble = None  # nothing was written that could be lost
+            return 0
+        self.tend(limit)
+        end = self._size()
+        os.close(self._fd)
         if self.trouble:  # the next job is not to write to it, not even where it cannot be removed
             with contextlib.suppress(OSError):
-                os.chmod(self._at, 0)
-            remove_file(self._at)
+                os.chmod(self.at, 0)
+            remove_file(self.at)
         return end
-
-    def _close_silent(self) -> None:
-        """Leave the spool to the next job, if nobody writes to it any more, nor has in this moment."""
-        self.trouble = None
-        if is_written_to(self._at) or os.path.getsize(self._at):
-            self._take_place()
-
-
-def open_spool(path: str) -> int:
-    """A descriptor of a spool that is as new: what one job did to it is not to reach the log of the next."""
-    with contextlib.suppress(OSError):
-        fd = open_log(path)
-        found = os.fstat(fd)
-        if not found.st_size and stat.S_IMODE(found.st_mode) == 0o600:
-            return fd
-        os.close(fd)
-    os.unlink(path)
-    return open_log(path)
 
 
 def keep_spooled(spool: str, path: str) -> None:
@@ -2739,7 +2802,7 @@ def start_failure(error: OSError, job: Job) -> Outcome:
 
 
 def run_attempt(
-    job: Job, log_path: str, spool: str | None, env: dict[str, str], mark: str, settings: Settings, bell: Bell,
+    job: Job, log_path: str, spool: Spool | None, env: dict[str, str], mark: str, settings: Settings, bell: Bell,
     interrupted: Callable[[bool], End | None],
 ) -> Outcome:  # fmt: skip
     """Run a job's command once, from start to outcome; `interrupted` says why it must end early."""
@@ -2748,7 +2811,7 @@ def run_attempt(
     except OSError as error:
         return Outcome(End.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
     try:
-        process = Process(job.command, job.cwd, env, log.fd, mark)
+        process = Process(job.command, job.cwd, env, log.at, mark)
     except (OSError, ValueError) as error:
         log.close(0)
         return start_failure(error if isinstance(error, OSError) else OSError(0, str(error)), job)
@@ -2802,15 +2865,11 @@ def hook_for(state: State | None, settings: Settings) -> str:
 
 def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, bell: Bell) -> str | None:
     """Run a hook with a job's facts as JSON on its standard input; what went wrong, if anything did."""
-    try:
-        output = open_log(home.worker_log)
-    except OSError as error:
-        return f"cannot start: {error.strerror}"
     process = None
     deadline = time.monotonic() + HOOK_TIMEOUT_S
     try:
         with input_of(facts.encode()) as given:
-            process = Process(line, home.path, env, output, mark, given)
+            process = Process(line, home.path, env, home.worker_log, mark, given)
         while not (exit := process.poll()) and time.monotonic() < deadline:
             bell.wait(min(LOOK_S, deadline - time.monotonic()), process)
         if not exit:
@@ -2819,7 +2878,6 @@ def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, 
     except (OSError, ValueError) as error:
         return f"cannot start: {error}"
     finally:
-        os.close(output)
         if process:
             process.close()
 
@@ -2849,7 +2907,8 @@ class Worker:
             "QUEUECTL_HOME": home.path,
             "QUEUECTL_SLOT": str(row.slot),
         }
-        self._spool = home.spool(row.id) if CAN_TELL_WRITERS else None
+        self._spool = Spool(home.spool(row.id)) if CAN_TELL_WRITERS else None
+        self._turn = Turn(home)
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
         self._clock_ms = self._now() - time.monotonic() * 1000
@@ -2884,8 +2943,9 @@ class Worker:
                 break
             elif came_idle:  # otherwise claim once more first: the version is noted only then
                 self._wait()
+        self._turn.close()
         if self._spool:
-            remove_file(self._spool)
+            remove_file(self._spool.path)
         self._keep_trying(functools.partial(self._store.unregister, self._row.id), True)
 
     # ---- claim and record
@@ -2896,7 +2956,7 @@ class Worker:
         ended: State | None = None
         if not report:
             self._version = store.version_seen()
-        with store.writing():
+        with self._turn, store.writing():
             if report:
                 ended = store.finish(*report, self._settings, now, chance=_chance())
             hook = hook_for(ended, self._settings)

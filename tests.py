@@ -1185,11 +1185,11 @@ def test_log_has_what_comes_in_the_moment_of_the_end(home: Home) -> None:
     """What a job's leftover writes while the spool is being closed, and then lets go, is in the job's log."""
     home.run("status")
     late = """
-def written_to(path):
-    open(path, "w").write("late")
+def let_go(fd):
+    open(home.spool(7), "w").write("late")
     return False
-q.is_written_to = written_to
-log = q.JobLog(home.log("a"), 1, home.spool(7))
+q.is_written_to = let_go
+log = q.JobLog(home.log("a"), 1, q.Spool(home.spool(7)))
 log.close(0)"""
     same(finished(child(home, "home = q.open_home()" + late)).err, "")
     same((home.log("a"), os.path.exists(home.home.spool(7))), (b"late", False))
@@ -1804,6 +1804,48 @@ def test_worker_that_is_stopped_is_not_dead(home: Home) -> None:
     finally:
         os.kill(row.pid, signal.SIGCONT)
     same((home.ended("a").state.value, home.job("a").attempts, home.lines("ran")), ("completed", 1, ["x"]))
+
+
+@posix
+def test_worker_survives_who_opens_its_spool(home: Home) -> None:
+    """The signal by which the system says that somebody wants a leased file ends no worker."""
+    (row,) = home.start()
+    os.kill(row.pid, signal.SIGIO)
+    same((home.ended(home.add("true")).worker, [worker.id for worker in home.store.workers()]), (row.id, [row.id]))
+
+
+@posix
+def test_worker_waits_for_its_turn_and_not_for_ever(home: Home) -> None:
+    """Workers let each other write first; one that never comes to its turn works all the same."""
+    import fcntl
+
+    home.start(2)
+    fd = os.open(os.path.dirname(home.home.bell(0)), os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        for id in home.add_all([{"command": "true"}] * 4):
+            same(home.ended(id).state, q.State.COMPLETED)
+    finally:
+        os.close(fd)
+    program = """
+import fcntl, signal, time
+q.become_worker(lambda: None)
+first, second = q.Turn(q.open_home()), q.Turn(q.open_home())
+def is_free(turn):
+    try:
+        fcntl.flock(turn._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(turn._fd, fcntl.LOCK_UN)
+    return True
+with first:
+    print(is_free(second))
+    start = time.monotonic()
+    with second:
+        print(time.monotonic() - start >= q.TURN_S)
+    print(is_free(second))
+print(is_free(second), signal.getitimer(signal.ITIMER_REAL)[0])"""
+    same(finished(child(home, program)).out.split(), "False True False True 0.0".split())
 
 
 @posix

@@ -15,15 +15,15 @@ What makes it right:
    change that ends an attempt names its worker and its attempt: a late one changes nothing.
 2. A worker lives exactly as long as its bell has a listener, which the system ends with the
    process. Neither a process id nor elapsed time is ever taken for life or death.
-3. A dead worker's job is tried again only after all that it left running has been ended,
-   found by the mark that each attempt carries in its environment.
+3. A dead worker's job is tried again only after what it left running has been ended, found by
+   the mark that each attempt carries in its environment, or by the log that it holds open.
 4. A worker that cannot record a result keeps it and tries again; it never runs the command
    a second time for it.
 
 The file, from top to bottom; a section uses only those above it:
 
     errors          what can go wrong, and the exit code of each
-    the job         states, fields, what input is legal, row to job and back
+    the job         states, fields, what input is legal, row to job
     settings        typed configuration, and when a failed job runs again
     schema          migrations, append-only
     store           all SQL, all of sqlite3
@@ -31,7 +31,7 @@ The file, from top to bottom; a section uses only those above it:
     surroundings    the home on disk, the environment, the terminal
     running         one attempt, from command to outcome
     worker          claim, run, record
-    workers         starting, stopping and waking workers
+    workers         starting and stopping workers, waiting for jobs
     views           jobs and counts to text or JSON
     commands        click, and nothing else knows click
 """
@@ -50,7 +50,6 @@ import os
 import re
 import signal
 import sqlite3
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,7 +69,7 @@ TURN_S = 0.05  # how long a worker waits for its turn to write before it just tr
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
-PAGE_BYTES = 2048  # a job's step touches eight pages and writes them whole: small ones are faster
+PAGE_BYTES = 2048  # a job's step touches eight pages, and the WAL takes them whole
 WORKER_CHECKPOINT_PAGES = 8_000  # a checkpoint waits for the disk, so workers let the WAL grow to 16 MB
 BUCKETS_S = (0.01, 0.1, 1, 10, 60, 600, 3600, 86400)  # of the histograms of wait and run time
 WORKER_CACHE_KIB = 512  # a worker looks at few pages; it does not grow with the queue
@@ -124,6 +123,7 @@ class State(str, enum.Enum):
 
 
 WAITING = (State.PENDING, State.FAILED)
+OPEN = (*WAITING, State.PROCESSING)
 ENDED = (State.COMPLETED, State.DEAD, State.CANCELLED)
 
 
@@ -134,7 +134,7 @@ class Job(NamedTuple):
     id: str
     command: str | list[str]  # a line for the shell, or a program and its arguments
     priority: int
-    max_retries: int | None  # None here and in the next two: the setting of that name
+    max_retries: int | None  # None here and in the next two: what the settings say (job_timeout for timeout)
     timeout: float | None  # seconds
     backoff_base: float | None
     run_at: int | None
@@ -203,7 +203,7 @@ class Attempt(NamedTuple):
     log_end: int | None
 
 
-Spec = dict[str, Any]  # the fields of a job to be, checked, as columns hold them
+Spec = dict[str, Any]  # the fields of a job to be, checked; Store._as_columns makes columns of them
 _Check = Callable[[Any], Any]
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
 _DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?")
@@ -338,10 +338,10 @@ def parse_duration(text: str) -> int | float:
     return int(total) if total.is_integer() else total
 
 
-def option_duration(option: str, text: str) -> float:
-    """The seconds that an option of a command names."""
+def option_duration(option: str, text: str | None) -> float:
+    """The seconds that an option of a command names; for ever where it is not given."""
     try:
-        return float(_number(0)(parse_duration(text)))
+        return math.inf if text is None else float(_number(0)(parse_duration(text)))
     except BadInput as error:
         raise BadInput(f"{option} {error}") from None
 
@@ -401,10 +401,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def check_fields(fields: Any) -> Spec:
-    """The spec that a JSON object or the options name. BadInput says which field is wrong and why."""
-    if not isinstance(fields, dict):
-        raise BadInput("a job must be a JSON object like {\"command\": \"echo hello\"}")
+def check_fields(fields: Mapping[str, Any]) -> Spec:
+    """What these fields of a job mean. BadInput says which one is wrong and why."""
     spec: Spec = {}
     for name, value in fields.items():
         if name not in FIELDS:
@@ -413,10 +411,18 @@ def check_fields(fields: Any) -> Spec:
             spec[name] = FIELDS[name].check(value)
         except BadInput as error:
             raise BadInput(f"field {name!r} {error}") from None
-    if "command" not in spec:
-        raise BadInput("field 'command' is missing")
     if "delay" in spec and "run_at" in spec:
         raise BadInput("fields 'delay' and 'run_at' exclude each other")
+    return spec
+
+
+def check_job(given: Any, defaults: Mapping[str, Any] | None = None) -> Spec:
+    """The spec of a whole job: of a JSON object, and of what holds where it says nothing."""
+    if not isinstance(given, dict):
+        raise BadInput('a job must be a JSON object like {"command": "echo hello"}')
+    spec = check_fields({**(defaults or {}), **given})
+    if "command" not in spec:
+        raise BadInput("field 'command' is missing")
     return spec
 
 
@@ -465,9 +471,8 @@ def read_batch(lines: Iterable[bytes], defaults: Mapping[str, Any]) -> Iterator[
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            fields = parse_job(text) if text else None
             if text:
-                yield f"line {number}: ", check_fields({**defaults, **fields} if isinstance(fields, dict) else fields)
+                yield f"line {number}: ", check_job(parse_job(text), defaults)
         except UnicodeDecodeError:
             raise BadInput(f"line {number}: is not UTF-8") from None
         except BadInput as error:
@@ -632,7 +637,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "1: the queue",
         (
             f"PRAGMA application_id = {APPLICATION_ID}",
-            # One line for each column stands at the class Job.
+            # What the columns hold is said at the class Job, and of those that `enqueue` takes at FIELDS.
             """CREATE TABLE jobs (
                 seq INTEGER PRIMARY KEY AUTOINCREMENT,
                 id TEXT NOT NULL UNIQUE COLLATE NOCASE,
@@ -679,7 +684,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             # The lock on a key is the row itself: it cannot go stale.
             """CREATE UNIQUE INDEX jobs_key ON jobs (key)
                 WHERE key IS NOT NULL AND state IN ('pending', 'processing', 'failed')""",
-            # One line for each column stands at the class Attempt; n counts the rows of a job.
+            # What the columns hold is said at the class Attempt; n counts the rows of a job.
             """CREATE TABLE attempts (
                 job INTEGER NOT NULL, n INTEGER NOT NULL, number INTEGER NOT NULL, worker INTEGER NOT NULL,
                 started_at INTEGER NOT NULL, ended_at INTEGER NOT NULL, exit_code INTEGER, signal INTEGER,
@@ -729,6 +734,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
                 INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
             END""",
+            # Before the row goes: dependencies_deleted must still see that the parent had completed.
             """CREATE TRIGGER jobs_before_delete BEFORE DELETE ON jobs WHEN OLD.state = 'completed' BEGIN
                 DELETE FROM dependencies WHERE parent = OLD.seq;
             END""",
@@ -759,6 +765,9 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # ======================================================================== store
 
 
+WORKER_STATES = ("idle", "busy", "stopping")
+
+
 class WorkerRow(NamedTuple):
     """One row of `workers`, and the job that it has in hand."""
 
@@ -774,7 +783,7 @@ class WorkerRow(NamedTuple):
 
     @property
     def state(self) -> str:
-        """What it is doing: `idle`, `busy`, or `stopping`."""
+        """What it is doing, one of WORKER_STATES."""
         return "stopping" if self.stop else "busy" if self.job else "idle"
 
     def takes(self, queue: str) -> bool:
@@ -783,7 +792,7 @@ class WorkerRow(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The jobs that a command is about: those named, or all that bear a tag or wait in a queue."""
+    """The jobs that a command is about: those named, those of a tag or a queue, or all."""
 
     ids: Sequence[str] = ()
     tag: str | None = None
@@ -836,15 +845,6 @@ _GIVEN = (*(name for name in FIELDS if name != "delay"), "created_at")
 _given = operator.itemgetter(*_GIVEN, "origin")
 
 
-@contextlib.contextmanager
-def _saying_where(origin: str) -> Iterator[None]:
-    """Errors that begin with where their cause was read."""
-    try:
-        yield
-    except QueueError as error:
-        raise type(error)(f"{origin}{error}") from None
-
-
 def _is_busy(error: Exception) -> bool:
     return isinstance(error, sqlite3.OperationalError) and ("locked" in str(error) or "busy" in str(error))
 
@@ -892,7 +892,7 @@ class Transaction:
 
 
 class Store:
-    """The queue in its database; every method is one transaction, or part of the one that is open.
+    """The queue in its database; every method but `prune` is one transaction, or part of the one that is open.
 
     What `enqueue` commits is on disk before it returns (`synchronous=FULL`); with `durable=False`,
     for workers, a power cut may take back the newest steps but leaves none half done.
@@ -962,10 +962,7 @@ class Store:
 
     def _all(self, sql: str, **values: Any) -> list[Any]:
         """Every row of a statement."""
-        try:
-            return self._db.execute(sql, values).fetchall()
-        except (sqlite3.Error, UnicodeEncodeError) as error:
-            return self._again(error, lambda: self._db.execute(sql, values).fetchall())
+        return self._patiently(lambda: self._db.execute(sql, values).fetchall())
 
     def _rows(self, sql: str) -> Iterator[Any]:
         """The rows of a statement one by one, for those that may be many."""
@@ -980,15 +977,10 @@ class Store:
 
     def _change(self, sql: str, **values: Any) -> int:
         """Run a statement; how many rows it changed."""
-        try:
-            return self._db.execute(sql, values).rowcount
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.Error as error:
-            return self._again(error, lambda: self._db.execute(sql, values).rowcount)
+        return self._patiently(lambda: self._db.execute(sql, values).rowcount)
 
-    def _again(self, error: Exception, action: Callable[[], _Result]) -> _Result:
-        """What failed once more, as long as others hold the database and our patience lasts; or the error as ours.
+    def _patiently(self, action: Callable[[], _Result]) -> _Result:
+        """What an action gives, tried again as long as others hold the database and our patience lasts.
 
         SQLite itself would sleep for 1 ms at least, where a worker holds the lock for a tenth of that, and then
         ever longer, up to 100 ms, while others come and go. A switch to WAL it does not wait for at all. Only
@@ -996,17 +988,17 @@ class Store:
         """
         left_s = self.patience_s
         rest_s, most_s = BUSY_RESTS_S
-        while _is_busy(error) and left_s > 0:
-            time.sleep(rest_s)
-            left_s -= rest_s
-            rest_s = min(2 * rest_s, most_s)
+        while True:
             try:
                 return action()
             except sqlite3.IntegrityError:
                 raise
-            except sqlite3.Error as another:
-                error = another
-        raise _domain_error(self.path, error) from error
+            except (sqlite3.Error, UnicodeEncodeError) as error:
+                if not _is_busy(error) or left_s <= 0:
+                    raise _domain_error(self.path, error) from error
+            time.sleep(rest_s)
+            left_s -= rest_s
+            rest_s = min(2 * rest_s, most_s)
 
     def _insert_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         try:
@@ -1046,7 +1038,7 @@ class Store:
     def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
         self._change(
             f"""CREATE TEMP TABLE IF NOT EXISTS staged (n INTEGER PRIMARY KEY, id COLLATE NOCASE,
-                {', '.join(_GIVEN[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
+                {", ".join(_GIVEN[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
         )
         self._change("DELETE FROM staged")
         rows = (
@@ -1075,8 +1067,10 @@ class Store:
         for n, id, after, origin in self._all(
             "SELECT n, id, after, origin FROM staged WHERE is_new AND after IS NOT NULL ORDER BY n"
         ):
-            with _saying_where(origin):
+            try:
                 self._wait_for(last + n, id, json.loads(after), now)
+            except QueueError as error:
+                raise type(error)(f"{origin}{error}") from None
 
     def _make_up_ids(self, last: int) -> None:
         """Ids that are short, never used twice, and sort as their jobs were made, up to 268 million of them."""
@@ -1097,7 +1091,7 @@ class Store:
         )  # fmt: skip
 
     def _pass_over_existing(self, skip_existing: bool) -> None:
-        """QueueError for the first staged id that exists already, in the queue or further up."""
+        """Staged ids that exist already, in the queue or further up, are no new jobs; QueueError unless wanted."""
         if not self._one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
             return
         self._change("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
@@ -1292,7 +1286,7 @@ class Store:
     def cancel(self, which: Selection, now: int) -> list[Job]:
         """Waiting jobs never run; those under way are marked, and their workers are to be rung. As they were."""
         with self.writing():
-            chosen = self._choose(which, [*WAITING, State.PROCESSING], "cancelled")
+            chosen = self._choose(which, OPEN, "cancelled")
             for job in chosen:
                 if job.state is State.PROCESSING:
                     self._change("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
@@ -1306,7 +1300,7 @@ class Store:
         return chosen
 
     def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
-        """Change fields of jobs that are not running; the ids."""
+        """Change fields of waiting jobs; the ids."""
         values = self._as_columns(spec, now)
         if "run_at" in values:
             values["due_at"] = values["run_at"] if values["run_at"] > now else None
@@ -1356,8 +1350,10 @@ class Store:
     def _revive(self, job: Job, now: int) -> None:
         try:
             self._change(
-                """UPDATE jobs SET state = 'pending', attempts = 0, due_at = NULL, doomed_by = NULL,
-                    updated_at = :now, finished_at = NULL WHERE state = 'dead' AND (seq = :seq OR (doomed_by = :seq
+                """UPDATE jobs SET state = 'pending', attempts = 0, doomed_by = NULL, finished_at = NULL,
+                    due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
+                    error = CASE WHEN doomed_by IS NULL THEN error END
+                WHERE state = 'dead' AND (seq = :seq OR (doomed_by = :seq
                         AND (key IS NULL OR NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
                             AND other.state IN ('pending', 'processing', 'failed')))))
                     AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
@@ -1520,9 +1516,7 @@ class Store:
 
     def history(self, job: Job) -> list[Attempt]:
         """The attempts of a job that have ended, oldest first."""
-        rows = self._all(
-            f"SELECT {', '.join(Attempt._fields)} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq
-        )
+        rows = self._all(f"SELECT {', '.join(Attempt._fields)} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq)
         return [Attempt._make(row) for row in rows]
 
     def obstacles(self, jobs: Sequence[Job], workers: list[WorkerRow]) -> list[Obstacles]:
@@ -1577,7 +1571,8 @@ class Store:
                         SELECT attempts.*, max(jobs.created_at, coalesce(jobs.run_at, 0)) AS since
                         FROM attempts JOIN jobs ON jobs.seq = attempts.job
                         WHERE (:kind = 'run' OR n = 1) AND {which}))""",
-                kind=kind, seqs=None if seqs is None else _to_json(seqs),
+                kind=kind,
+                seqs=None if seqs is None else _to_json(seqs),
             )
             tallies |= {f"{kind} count": row[0], f"{kind} sum": row[1], f"{kind} cpu": row[2]}
             tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
@@ -1646,8 +1641,10 @@ class Store:
             raise _domain_error(path, error) from error
 
     def restore(self, path: str) -> None:
-        """Take the place of this database by a copy; ids made up since, workers' too, are not made up again."""
+        """Replace this database by a copy; numbers used since, workers' too, are not used again."""
         used = self._all("SELECT name, seq FROM sqlite_sequence")
+        with self.writing():
+            pass  # waits for others, and no longer than we do; the copying itself would wait for ever
         try:
             with contextlib.closing(sqlite3.connect(path)) as copy:
                 if copy.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
@@ -1670,8 +1667,8 @@ class Store:
         if not self._change("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
             self._change("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
 
-    def set_clock_back(self, now: int) -> None:
-        """Retries counted from a moment that now lies ahead are counted from now."""
+    def restart_backoffs(self, now: int) -> None:
+        """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
         with self.writing():
             self._change(
                 """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
@@ -1733,20 +1730,30 @@ class Home(NamedTuple):
         """What workers have to say."""
         return os.path.join(self.path, "worker.log")
 
+    @property
+    def logs(self) -> str:
+        """The folder of the jobs' logs."""
+        return os.path.join(self.path, "job_logs")
+
+    @property
+    def bells(self) -> str:
+        """The folder of the workers' bells."""
+        return os.path.join(self.path, "bells")
+
     def log(self, job: str) -> str:
         """The file that takes a job's output."""
-        return os.path.join(self.path, "job_logs", f"{job}.log")
+        return os.path.join(self.logs, f"{job}.log")
 
     def spool(self, worker: int) -> str:
         """What a worker's job has written until its log is made: a name that no job can have.
 
         Nor a worker of a queue that takes the place of this one: its database is another file.
         """
-        return os.path.join(self.path, "job_logs", f".{worker}-{file_identity(self.database)[1]}")
+        return os.path.join(self.logs, f".{worker}-{file_identity(self.database)[1]}")
 
     def bell(self, worker: int) -> str:
         """The file by which a worker is woken, on systems where it is a file."""
-        return os.path.join(self.path, "bells", str(worker))
+        return os.path.join(self.bells, str(worker))
 
     def is_there(self, database: tuple[int, int]) -> bool:
         """Is the database still the file that it was? It is not once the home was removed or replaced."""
@@ -2032,10 +2039,10 @@ if sys.platform == "win32":
         finally:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
 
-    CAN_TELL_WRITERS = False
+    CAN_TELL_WHO_OPENS = False
 
-    def is_written_to(fd: int) -> bool:
-        """May somebody hold the file that a descriptor reads open for writing? Nobody tells."""
+    def is_open_elsewhere(fd: int) -> bool:
+        """May anybody else hold the file of a descriptor open? Nobody tells."""
         return True
 
     class Turn:
@@ -2125,16 +2132,16 @@ else:
         """A descriptor that appends."""
         return os.open(path, _APPENDING, 0o600)
 
-    CAN_TELL_WRITERS = hasattr(fcntl, "F_SETLEASE")  # Linux
+    CAN_TELL_WHO_OPENS = hasattr(fcntl, "F_SETLEASE")  # Linux
 
-    def is_written_to(fd: int) -> bool:
-        """May somebody hold the file that a descriptor reads open for writing?
+    def is_open_elsewhere(fd: int) -> bool:
+        """May anybody else hold the file of a descriptor open?
 
-        The system leases it to a reader only where nobody does: see fcntl(2), F_SETLEASE. Where it does not
-        lease, nobody can tell.
+        The system leases a file for writing only to who alone has opened it: see fcntl(2), F_SETLEASE. Where it
+        does not lease, nobody can tell.
         """
         try:
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         except OSError:
             return True
@@ -2148,18 +2155,30 @@ else:
         """
 
         def __init__(self, home: Home) -> None:
-            self._fd = os.open(os.path.dirname(home.bell(0)), os.O_RDONLY)
+            self._fd = os.open(home.bells, os.O_RDONLY)
+            self._is_waiting = False
+            signal.signal(signal.SIGALRM, self._stop_waiting)
 
         def __enter__(self) -> None:
             with contextlib.suppress(OSError):  # TimeoutError is one, and a file system without such locks gives one
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    signal.setitimer(signal.ITIMER_REAL, TURN_S)
-                    try:
-                        fcntl.flock(self._fd, fcntl.LOCK_EX)
-                    finally:
-                        signal.setitimer(signal.ITIMER_REAL, 0)
+                    self._wait()
+
+        def _wait(self) -> None:
+            self._is_waiting = True
+            try:
+                signal.setitimer(signal.ITIMER_REAL, TURN_S, TURN_S)  # again and again: one may come before the wait
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            finally:
+                self._is_waiting = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+        def _stop_waiting(self, *_: object) -> None:
+            if self._is_waiting:
+                self._is_waiting = False
+                raise TimeoutError
 
         def __exit__(self, *_: object) -> None:
             with contextlib.suppress(OSError):
@@ -2168,9 +2187,6 @@ else:
         def close(self) -> None:
             """Queue up no more."""
             os.close(self._fd)
-
-    def _stop_waiting(*_: object) -> None:
-        raise TimeoutError
 
     class Bell:
         """A FIFO: it has a reader as long as its worker lives, which the system sees to.
@@ -2346,7 +2362,7 @@ else:
             self._exit: Exit | None = None
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
             env[MARK] = mark
-            os.chdir(cwd)
+            os.chdir(cwd)  # the child begins where we are: posix_spawn has no such option
             try:
                 self._pid = os.posix_spawn(
                     _program(words[0], env.get("PATH", os.defpath)), words, env,
@@ -2359,7 +2375,7 @@ else:
                     setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
                 )  # fmt: skip
             finally:
-                os.chdir("/")
+                os.chdir("/")  # its file system can be unmounted
 
         def poll(self) -> Exit | None:
             """How it ended; None while it runs. Orphans that ended are seen off."""
@@ -2420,7 +2436,7 @@ else:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGCHLD, signal.SIGIO):  # the one rings the bell; the other says that a lease was broken
             signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGALRM, _stop_waiting)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked them
         for fd in os.listdir("/dev/fd"):
             with contextlib.suppress(OSError):
                 os.set_inheritable(int(fd), False)
@@ -2479,16 +2495,16 @@ def open_home() -> Home:
         if not os.path.isdir(home.path):
             os.makedirs(home.path, 0o700, exist_ok=True)
         refuse_if_shared(home.path)
-        for directory in (home.log(""), home.bell(0)):
-            os.makedirs(os.path.dirname(directory), 0o700, exist_ok=True)
+        for folder in (home.logs, home.bells):
+            os.makedirs(folder, 0o700, exist_ok=True)
         make_private_file(home.database)
     except OSError as error:
         raise QueueError(f"cannot use {home.path} as home: {error.strerror}; set QUEUECTL_HOME to another") from error
     return home
 
 
-def home_problems(home: Home, jobs: Callable[[str], bool], workers: Iterable[int]) -> Iterator[str]:
-    """What is wrong with a home beside its database; `jobs` says whether a job of that id exists."""
+def home_problems(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> Iterator[str]:
+    """What is wrong with a home beside its database, which tells whether it has a job and which workers there are."""
     for path in (home.path, home.database, home.worker_log):
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
             yield f"{path} cannot be read and written"
@@ -2496,22 +2512,22 @@ def home_problems(home: Home, jobs: Callable[[str], bool], workers: Iterable[int
             yield f"{path} can be read by others; run: chmod go= {path}"
     if is_remote(home.path):
         yield f"{home.path} is on a network file system, which cannot hold a WAL database; use a local one"
-    stray = stray_logs(home, jobs, workers)
+    stray = stray_logs(home, has_job, workers)
     if stray:
         yield f"{len(stray)} logs belong to no job, {stray[0]} among them"
 
 
-def stray_logs(home: Home, jobs: Callable[[str], bool], workers: Iterable[int]) -> list[str]:
-    """The files among the logs that belong to no job, and to none of these workers."""
-    spools = {os.path.basename(home.spool(worker)) for worker in workers}
-    names = set(os.listdir(os.path.dirname(home.log("")))) - spools
-    return sorted(name for name in names if not (name.endswith(".log") and jobs(name.removesuffix(".log"))))
+def stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> list[str]:
+    """The files among the logs that belong to no job, and to no worker."""
+    names = set(os.listdir(home.logs))  # first: a worker that starts meanwhile has its row before its spool
+    names -= {os.path.basename(home.spool(worker)) for worker in workers()}
+    return sorted(name for name in names if not (name.endswith(".log") and has_job(name.removesuffix(".log"))))
 
 
-def remove_stray_logs(home: Home, jobs: Callable[[str], bool], workers: Iterable[int]) -> None:
-    """Remove them."""
-    for name in stray_logs(home, jobs, workers):
-        remove_file(os.path.join(os.path.dirname(home.log("")), name))
+def remove_stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> None:
+    """Remove what `stray_logs` names."""
+    for name in stray_logs(home, has_job, workers):
+        remove_file(os.path.join(home.logs, name))
 
 
 def free_bytes(path: str) -> int:
@@ -2613,17 +2629,6 @@ def inherited_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_")}
 
 
-@contextlib.contextmanager
-def input_of(data: bytes) -> Iterator[int]:
-    """A descriptor from which a command reads these bytes."""
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.seek(0)
-        yield file.fileno()
-
-
 # ======================================================================== running
 
 
@@ -2684,28 +2689,36 @@ class Spool:
     """The file that takes what a worker's jobs write, until one of them has something to say.
 
     To make a file may cost half of what it costs to start a program, and many a command is silent. The worker
-    keeps it open to look, and each command opens it to write: so the system can tell whether any still may.
+    keeps it open, and each command opens it for itself: so the system can tell whether any still does.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._fd: int | None = None
+        self._as_made: tuple[int, ...] = ()
 
     def take(self) -> int:
         """A descriptor, of a file that is as new: what one job did to it is not to reach the log of the next."""
         fd, self._fd = self._fd, None
         if fd is not None:
-            found = os.fstat(fd)
-            if found.st_nlink and not found.st_size and stat.S_IMODE(found.st_mode) == 0o600:
-                return fd
+            with contextlib.suppress(OSError):
+                if self._look() == self._as_made:
+                    return fd
             os.close(fd)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-        return os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o600)
+        fd = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o600)
+        self._as_made = self._look()
+        return fd
+
+    def _look(self) -> tuple[int, ...]:
+        """What is there where a command will open it."""
+        found = os.lstat(self.path)
+        return found.st_dev, found.st_ino, found.st_nlink, found.st_mode, found.st_uid, found.st_size
 
     def give_back(self, fd: int) -> bool:
-        """Leave it to the next job, unless something is in it, or still may come into it."""
-        if is_written_to(fd) or os.fstat(fd).st_size:  # in this order: whoever has just let go may have written
+        """Leave it to the next job, unless something is in it, or somebody may still write or read there."""
+        if is_open_elsewhere(fd) or os.fstat(fd).st_size:  # in this order: whoever has just let go may have written
             return False
         self._fd = fd
         return True
@@ -2761,9 +2774,7 @@ class JobLog:
         self.tend(limit)
         end = self._size()
         os.close(self._fd)
-        if self.trouble:  # the next job is not to write to it, not even where it cannot be removed
-            with contextlib.suppress(OSError):
-                os.chmod(self.at, 0)
+        if self.trouble:  # what the attempt left running may still write to it: not for the next job
             remove_file(self.at)
         return end
 
@@ -2790,13 +2801,13 @@ def describe(exit: Exit) -> str | None:
     return f"exit code {exit.exit_code}" if exit.exit_code else None
 
 
-def start_failure(error: OSError, job: Job) -> Outcome:
+def start_failure(error: OSError | ValueError, job: Job) -> Outcome:
     """The outcome of a command that could not be started, with the exit code that shells give."""
     if not os.path.isdir(job.cwd):
         return Outcome(End.NOT_STARTED, None, error=f"its directory {job.cwd} is gone")
     program = job.command[0] if isinstance(job.command, list) else "the shell"
     missing = isinstance(error, FileNotFoundError)
-    reason = "no such program" if missing else error.strerror or str(error)
+    reason = "no such program" if missing else getattr(error, "strerror", None) or str(error)
     code = EX_NOT_FOUND if missing else EX_NOT_EXECUTABLE
     return Outcome(End.NOT_STARTED, code, error=f"cannot start {program}: {reason}")
 
@@ -2814,7 +2825,7 @@ def run_attempt(
         process = Process(job.command, job.cwd, env, log.at, mark)
     except (OSError, ValueError) as error:
         log.close(0)
-        return start_failure(error if isinstance(error, OSError) else OSError(0, str(error)), job)
+        return start_failure(error, job)
     try:
         end, exit = _watch(process, log, job, settings, bell, interrupted)
     finally:
@@ -2865,11 +2876,15 @@ def hook_for(state: State | None, settings: Settings) -> str:
 
 def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, bell: Bell) -> str | None:
     """Run a hook with a job's facts as JSON on its standard input; what went wrong, if anything did."""
+    import tempfile
+
     process = None
     deadline = time.monotonic() + HOOK_TIMEOUT_S
     try:
-        with input_of(facts.encode()) as given:
-            process = Process(line, home.path, env, home.worker_log, mark, given)
+        with tempfile.TemporaryFile() as given:
+            given.write(facts.encode())
+            given.seek(0)
+            process = Process(line, home.path, env, home.worker_log, mark, given.fileno())
         while not (exit := process.poll()) and time.monotonic() < deadline:
             bell.wait(min(LOOK_S, deadline - time.monotonic()), process)
         if not exit:
@@ -2907,7 +2922,7 @@ class Worker:
             "QUEUECTL_HOME": home.path,
             "QUEUECTL_SLOT": str(row.slot),
         }
-        self._spool = Spool(home.spool(row.id)) if CAN_TELL_WRITERS else None
+        self._spool = Spool(home.spool(row.id)) if CAN_TELL_WHO_OPENS else None
         self._turn = Turn(home)
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
@@ -3085,19 +3100,19 @@ class Worker:
         clock_ms = self._now() - time.monotonic() * 1000
         try:
             if clock_ms < self._clock_ms - 1000:
-                self._store.set_clock_back(self._now())
+                self._store.restart_backoffs(self._now())
                 self._version = -1  # what we commit ourselves is no news to our connection
             self._clock_ms = clock_ms
             for row in self._store.workers():
-                if row.id != self._row.id and not is_alive(self._home, row.id) and self._bury_at < self._tend_at:
+                if row.id != self._row.id and not is_alive(self._home, row.id) and time.monotonic() >= self._bury_at:
                     self._bury(row)
         except StoreError as error:
             self._complain(str(error))
 
     def _bury(self, dead: WorkerRow) -> None:
-        ended = recover(self._home, self._store, dead, self._settings)
+        ended = recover(self._home, self._store, dead, self._settings, self._now())
         if ended is None:
-            self._complain(f"the job of dead worker {dead.id} cannot be ended, tries again")
+            self._complain(f"the job of dead worker {dead.id} cannot be ended yet")
             self._bury_at = time.monotonic() + 10 * TEND_S  # others want the database too
             return
         for job, state in ended:
@@ -3112,7 +3127,9 @@ def mark_in(home: Home, what: str) -> str:
     return f"{what}@{home.path}".replace(" ", "%20")  # one word, for `ps`
 
 
-def recover(home: Home, store: Store, dead: WorkerRow, settings: Settings) -> list[tuple[Job, State | None]] | None:
+def recover(
+    home: Home, store: Store, dead: WorkerRow, settings: Settings, now: int
+) -> list[tuple[Job, State | None]] | None:
     """End what a dead worker's job left running; only then may the job be tried again.
 
     All in one transaction: nobody can claim the job, and write to its log, while we look for who
@@ -3126,7 +3143,7 @@ def recover(home: Home, store: Store, dead: WorkerRow, settings: Settings) -> li
             if not end_leftovers(mark_in(home, job.mark), log):
                 return None
             lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
-            ended.append((job, store.finish(job, lost, settings, now_ms())))
+            ended.append((job, store.finish(job, lost, settings, now)))
         store.unregister(dead.id)
     remove_file(home.bell(dead.id))
     remove_file(home.spool(dead.id))
@@ -3225,12 +3242,12 @@ def living_workers(home: Home, store: Store) -> list[WorkerRow]:
 
 
 def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
-    """Cancel jobs, and wait until the processes of those under way are ended; the ids of those that are."""
+    """Cancel jobs, and wait until the processes of those under way are ended; the ids of those cancelled then."""
     chosen = store.cancel(which, now_ms())
     holders = {job.worker for job in chosen if job.state is State.PROCESSING}
     for row in store.workers():
         if row.id in holders and not ring(home, row.id):
-            recover(home, store, row, store.settings())
+            recover(home, store, row, store.settings(), now_ms())
     seqs = [job.seq for job in chosen]
     while State.PROCESSING in store.states_of(seqs) and any(is_alive(home, worker or 0) for worker in holders):
         time.sleep(WAIT_LOOK_S)
@@ -3249,7 +3266,7 @@ def wait_for_jobs(
             found = store.counts() if seqs is None else store.states_of(seqs)
             seen = version
             progress(sum(found.get(state, 0) for state in ENDED))
-            if not any(found.get(state, 0) for state in (*WAITING, State.PROCESSING)):
+            if not any(found.get(state, 0) for state in OPEN):
                 return found
         if time.monotonic() >= deadline:
             return None
@@ -3382,9 +3399,7 @@ def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[
 JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WAITS", "COMMAND")
 
 
-def job_lines(
-    jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: int, width: int
-) -> Iterator[str]:
+def job_lines(jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: int, width: int) -> Iterator[str]:
     """What `list` prints."""
     if not jobs and not more:
         yield "no jobs"
@@ -3440,7 +3455,7 @@ def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], queu
         yield f"{coloured(state.value, f'{state.value:11}')} {n}"
     yield f"{'total':11} {sum(counts.values())}"
     states = [row.state for row in workers]
-    shown = ", ".join(f"{states.count(state)} {state}" for state in ("idle", "busy", "stopping") if state in states)
+    shown = ", ".join(f"{states.count(state)} {state}" for state in WORKER_STATES if state in states)
     yield f"{'workers':11} {len(workers)}" + (f" ({shown})" if shown else "")
     yield from hints(counts, workers, queues, lost, cut_off)
 
@@ -3450,7 +3465,7 @@ def hints(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Seq
     """What stands in the way of the queue, each with the command that helps."""
     if lost:
         yield f"! {lost} dead worker(s) left jobs behind; a running worker sees to them: queuectl worker start"
-    if not workers and any(counts[state] for state in (*WAITING, State.PROCESSING)):
+    if not workers and any(counts[state] for state in OPEN):
         yield "! no worker is running; start one: queuectl worker start"
     for queue in queues:
         if queue.paused:
@@ -3490,7 +3505,7 @@ def status_json(counts: Mapping[State, int], workers: Sequence[WorkerRow], pause
     return {
         "jobs": {state.value: n for state, n in counts.items()},
         "total": sum(counts.values()),
-        "workers": {"total": len(states), **{s: states.count(s) for s in ("idle", "busy", "stopping")}},
+        "workers": {"total": len(states), **{s: states.count(s) for s in WORKER_STATES}},
         "paused": paused,
     }
 
@@ -3573,7 +3588,7 @@ def prometheus_lines(
     yield "# HELP queuectl_workers Workers in each state."
     yield "# TYPE queuectl_workers gauge"
     states = [row.state for row in workers]
-    yield from (f'queuectl_workers{{state="{s}"}} {states.count(s)}' for s in ("idle", "busy", "stopping"))
+    yield from (f'queuectl_workers{{state="{s}"}} {states.count(s)}' for s in WORKER_STATES)
     yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
     yield "# TYPE queuectl_cpu_seconds_total counter"
     yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
@@ -3759,11 +3774,15 @@ ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...", shell_complete
 key_argument = click.argument("key", shell_complete=complete_keys)
 
 
+def tag_and_queue(command: Any) -> Any:
+    """--tag and --queue, to choose jobs by."""
+    command = click.option("--queue", metavar="Q", help="Those of this queue.")(command)
+    return click.option("--tag", metavar="T", help="Those with this tag.")(command)
+
+
 def selection_options(command: Any) -> Any:
     """Ids, or --tag and --queue."""
-    command = click.option("--queue", metavar="Q", help="Those of this queue.")(command)
-    command = click.option("--tag", metavar="T", help="Those with this tag.")(command)
-    return ids_argument(command)
+    return ids_argument(tag_and_queue(command))
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -3831,13 +3850,12 @@ def specs_given(
     fields = {"cwd": here(), **fields}
     if typed and not words and not file:
         job = {**fields, "command": typed[0] if len(typed) == 1 else list(typed)}
-        return [("", in_place(check_fields(job)))]
+        return [("", in_place(check_job(job)))]
     if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
         batch = read_batch(file or sys.stdin.buffer, fields)
         return ((where, in_place(spec)) for where, spec in batch)
     if len(words) == 1 and not file and typed is None:
-        given = parse_job(words[0])
-        return [("", in_place(check_fields({**fields, **given} if isinstance(given, dict) else given)))]
+        return [("", in_place(check_job(parse_job(words[0]), fields)))]
     if words and words[0].lstrip().startswith("{"):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
     raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
@@ -3878,7 +3896,7 @@ def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: boo
 def check_queues(queues: Sequence[str]) -> None:
     """BadInput for a name that no queue can have."""
     for queue in queues:
-        check_fields({"command": "x", "queue": queue})
+        check_fields({"queue": queue})
 
 
 def refuse_several(count: int) -> None:
@@ -3894,7 +3912,7 @@ def refuse_several(count: int) -> None:
 @with_store
 def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
     """Let each worker finish its job and leave; waits for them."""
-    timeout_s = math.inf if timeout is None else option_duration("--timeout", timeout)
+    timeout_s = option_duration("--timeout", timeout)
     told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
     if left:
         raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
@@ -3943,8 +3961,7 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
 
 @cli.command("list")
 @click.option("--state", type=click.Choice([state.value for state in State]), help="Those in this state.")
-@click.option("--queue", metavar="Q", help="Those of this queue.")
-@click.option("--tag", metavar="T", help="Those with this tag.")
+@tag_and_queue
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N; default 100, with --json all.")
 @click.option("--sort", type=click.Choice([f"{sign}{key}" for key in SORTS for sign in ("", "-")]), default="seq",
               metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
@@ -3952,7 +3969,7 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
 @with_store
 def list_jobs(home: Home, store: Store, state: str | None, queue: str | None, tag: str | None, limit: int | None,
               sort: str, as_json: bool) -> None:  # fmt: skip
-    """Show jobs in the order of enqueueing."""
+    """Show jobs, in the order of enqueueing unless --sort says otherwise."""
     show_jobs(home, store, Selection(tag=tag, queue=queue), [state] if state else [], limit, as_json, sort)
 
 
@@ -4006,9 +4023,7 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
 
 
 @cli.command()
-@ids_argument
-@click.option("--tag", metavar="T", help="Those with this tag.")
-@click.option("--queue", metavar="Q", help="Those of this queue.")
+@selection_options
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
 @json_option
 @with_store
@@ -4018,7 +4033,7 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
     some = bool(ids or tag or queue)
     jobs = some_of(store.chosen(Selection(ids, tag, queue))) if some else []
     total = len(jobs) if some else sum(store.counts().values())
-    timeout_s = math.inf if timeout is None else option_duration("--timeout", timeout)
+    timeout_s = option_duration("--timeout", timeout)
     warn_if_nobody_works(home, store)
     with progress_to(total) as progress:
         found = wait_for_jobs(store, [job.seq for job in jobs] if some else None, timeout_s, progress)
@@ -4038,7 +4053,7 @@ def some_of(jobs: list[Job]) -> list[Job]:
 
 def warn_if_nobody_works(home: Home, store: Store) -> None:
     """Who waits for what nobody will do is told so."""
-    if not living_workers(home, store) and any(store.counts()[state] for state in (*WAITING, State.PROCESSING)):
+    if not living_workers(home, store) and any(store.counts()[state] for state in OPEN):
         click.echo("no worker is running; start one: queuectl worker start", err=True)
 
 
@@ -4068,7 +4083,7 @@ def cancel(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue:
 @with_store
 def edit(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool,
          **options: Any) -> None:  # fmt: skip
-    """Change jobs that are not running; a command behind -- replaces theirs.
+    """Change waiting jobs; a command behind -- replaces theirs.
 
     With ids, --queue and --tag are new values; without, they choose the jobs.
     """
@@ -4087,8 +4102,7 @@ def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any]) -> Sp
         fields["command"] = typed[0] if len(typed) == 1 else list(typed)
     if not fields:
         raise BadInput("name a field to change, for example --priority 5")
-    spec = check_fields({"command": "x", **fields})
-    return {name: here(value) if name == "cwd" else value for name, value in spec.items() if name in fields}
+    return {name: here(value) if name == "cwd" else value for name, value in check_fields(fields).items()}
 
 
 @cli.group()
@@ -4100,8 +4114,7 @@ all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 
 
 @dlq.command("list")
-@click.option("--queue", metavar="Q", help="Those of this queue.")
-@click.option("--tag", metavar="T", help="Those with this tag.")
+@tag_and_queue
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N.")
 @json_option
 @with_store
@@ -4351,7 +4364,7 @@ def findings(home: Home, store: Store) -> Iterator[str]:
     dead = [row for row in store.workers() if not is_alive(home, row.id)]
     yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
                 "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
-    yield from home_problems(home, store.exists, [row.id for row in store.workers()])
+    yield from home_problems(home, store.exists, lambda: [row.id for row in store.workers()])
     if free_bytes(home.path) < LOW_DISK_BYTES:
         yield f"the disk of {home.path} is nearly full"
 
@@ -4360,7 +4373,7 @@ def mend(home: Home, store: Store) -> None:
     """Repair what the findings are about, as far as it can be."""
     store.repair(now_ms())
     make_private(home)
-    remove_stray_logs(home, store.exists, [row.id for row in store.workers()])
+    remove_stray_logs(home, store.exists, lambda: [row.id for row in store.workers()])
 
 
 @cli.command()

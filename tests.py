@@ -199,7 +199,7 @@ class Home:
 
     def add_all(self, jobs: Iterable[dict[str, Any]]) -> list[str]:
         """Store jobs in one transaction."""
-        specs = [("", q.check_fields({"cwd": str(self.work), **job})) for job in jobs]
+        specs = [("", q.check_job({"cwd": str(self.work), **job})) for job in jobs]
         return [id for id, _ in self.store.enqueue(specs, q.now_ms())]
 
     def job(self, id: str) -> q.Job:
@@ -417,7 +417,7 @@ def test_fields_every_one_is_taken() -> None:
         "after": ["x"], "hold": True, "on_lost": "dead", "ok_codes": [3], "no_retry_codes": [4, 5], "snooze": True,
     }  # fmt: skip
     same(set(given) | {"run_at"}, set(q.FIELDS))
-    same(q.check_fields(given), given)
+    same(q.check_job(given), given)
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
@@ -451,22 +451,22 @@ def test_fields_bad_input_of_every_kind_is_refused() -> None:
     """A wrong type, range or character in any field is bad input, and the error names the field or the reason."""
     for fields, word in BAD_FIELDS:
         with refuses(q.BadInput, word):
-            print(f"\n  taken, but should not be: {q.check_fields({'command': 'x', **fields})}")
+            print(f"\n  taken, but should not be: {q.check_fields(fields)}")
 
 
 def test_fields_a_job_must_be_an_object_with_a_command() -> None:
     """Other JSON than an object, and an object without a command, are refused."""
     for value in (None, 1, "x", [], [{"command": "x"}], True):
         with refuses(q.BadInput, "JSON object"):
-            q.check_fields(value)
+            q.check_job(value)
     with refuses(q.BadInput, "command"):
-        q.check_fields({})
+        q.check_job({})
 
 
 def test_fields_an_unknown_one_is_refused_with_the_nearest() -> None:
     """A misspelt field is answered with the one that was meant."""
     with refuses(q.BadInput, "'max_retrys'", "'max_retries'"):
-        q.check_fields({"command": "x", "max_retrys": 1})
+        q.check_fields({"max_retrys": 1})
 
 
 def test_command_may_be_128_kib_and_no_more() -> None:
@@ -495,7 +495,7 @@ def test_iso_time_reaches_as_far_as_a_job_may_be_put_off() -> None:
 def test_run_at_is_unix_seconds_or_iso_8601() -> None:
     """A start time may be Unix seconds or ISO 8601, which without a zone means local time."""
     def at(value: Any) -> int:
-        return int(q.check_fields({"command": "x", "run_at": value})["run_at"])
+        return int(q.check_fields({"run_at": value})["run_at"])
 
     local = datetime.datetime(2030, 1, 31, 18, 0).timestamp()
     same([at(0), at(1.5), at("2030-01-31T18:00Z"), at("2030-01-31T19:00:00.250+01:00"), at("2030-01-31 18:00")],
@@ -825,6 +825,19 @@ def test_dlq_retry_brings_the_children_back(home: Home) -> None:
         same(job.id, id)
 
 
+def test_dlq_retry_keeps_the_time_before_which_a_job_shall_not_run(home: Home) -> None:
+    """A job that died with its parent, came back and was to run later is still to run later, and no more dead."""
+    home.add(id="a", max_retries=0)
+    home.add(id="b", after=["a"], run_at=9)
+    worker = home.worker_row()
+    home.store.finish(home.claim(worker), exited(1), q.Settings(), 1)
+    assert "waited for a" in (home.job("b").error or "")
+    home.store.retry_dead(q.Selection(["a"]), 2)
+    home.store.finish(home.claim(worker, 3), exited(0), q.Settings(), 3)
+    same((home.job("b").due_at, home.job("b").error, home.store.claim(worker, None, 8)), (9000, None, None))
+    same(home.claim(worker, 9000).id, "b")
+
+
 def test_dlq_retry_of_a_child_alone_is_refused(home: Home) -> None:
     """A job cannot come back from the dead before its parent does."""
     home.add(id="a", max_retries=0)
@@ -907,15 +920,15 @@ def test_edit_after_of_a_long_chain_refuses_every_cycle(home: Home) -> None:
     for n in range(1, 50):
         home.add(id=f"n{n}", after=[f"n{n - 1}"])
     with refuses(q.BadInput, "n0", "waits for it"):
-        home.store.edit(q.Selection(["n0"]), q.check_fields({"command": "x", "after": ["n49"]}), 1)
+        home.store.edit(q.Selection(["n0"]), q.check_fields({"after": ["n49"]}), 1)
     same(home.job("n0").blockers, 0)
 
 
-def test_set_clock_back_counts_retries_from_now(home: Home) -> None:
+def test_backoffs_count_from_now_where_the_clock_was_set_back(home: Home) -> None:
     """Where the clock is set back, a retry waits its backoff from then on and not the hours between."""
     home.add(id="a")
     home.store.finish(home.claim(home.worker_row(), 10_000_000), exited(1), q.Settings(), 10_000_000)
-    home.store.set_clock_back(1_000_000)
+    home.store.restart_backoffs(1_000_000)
     same(home.job("a").due_at, 1_002_000)
 
 
@@ -997,6 +1010,18 @@ def test_store_says_in_one_line_that_another_program_holds_it(home: Home) -> Non
             store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}))], 1)
         same([job["id"] for job in home.json("list")], ["a"])
     same(len(home.store.jobs()), 1)
+
+
+def test_backup_is_not_restored_while_another_program_holds_the_queue(home: Home) -> None:
+    """A restore waits for others no longer than other commands do, and then says so."""
+    home.add(id="a")
+    home.run("backup", "copy.db")
+    home.add(id="b")
+    with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with q.Store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds"):
+            store.restore(str(home.work / "copy.db"))
+    same([job.id for job in home.store.jobs()], ["a", "b"])
 
 
 def test_store_damaged_is_said_in_one_line(home: Home) -> None:
@@ -1188,7 +1213,7 @@ def test_log_has_what_comes_in_the_moment_of_the_end(home: Home) -> None:
 def let_go(fd):
     open(home.spool(7), "w").write("late")
     return False
-q.is_written_to = let_go
+q.is_open_elsewhere = let_go
 log = q.JobLog(home.log("a"), 1, q.Spool(home.spool(7)))
 log.close(0)"""
     same(finished(child(home, "home = q.open_home()" + late)).err, "")
@@ -1217,6 +1242,25 @@ def test_log_is_not_what_somebody_else_did_to_the_spool(home: Home) -> None:
         os.close(passed[0])
     same((home.log("a"), home.log("b")), (b"late", b"b\n"))
     same(os.stat(home.home.log("b")).st_mode & 0o777, 0o600)
+
+
+@posix
+def test_log_is_right_though_the_spool_was_moved_linked_or_is_read(home: Home) -> None:
+    """What a silent job did to its spool, and who moves all logs away, cost no other job its output."""
+    home.start()
+    ours = 'f=$(readlink "/proc/$$/fd/1") || exit 0; '  # only Linux says what it is
+    home.ended(home.add("true"))
+    os.rename(home.path / "job_logs", home.path / "job_logs.old")
+    (home.path / "job_logs").mkdir(mode=0o700)
+    same((home.ended(home.add("echo a", id="a")).error, home.log("a")), (None, b"a\n"))
+    reads = f'exec 3< "$f"; ({waits_for("go")}; cat <&3 > read.part; mv read.part read) > out 2>&1 &'
+    for n, deed in enumerate(['ln "$f" link', 'mv "$f" moved', reads]):
+        home.ended(home.add(ours + deed))
+        same((home.ended(home.add(f"echo {n}", id=f"n{n}")).error, home.log(f"n{n}")), (None, f"{n}\n".encode()))
+    if sys.platform == "linux":
+        touch(home, "go")
+        until((home.work / "read").exists)
+        same([(home.work / name).read_bytes() for name in ("link", "moved", "read")], [b"", b"", b""])
 
 
 @posix
@@ -1807,11 +1851,17 @@ def test_worker_that_is_stopped_is_not_dead(home: Home) -> None:
 
 
 @posix
-def test_worker_survives_who_opens_its_spool(home: Home) -> None:
-    """The signal by which the system says that somebody wants a leased file ends no worker."""
+def test_worker_survives_signals_that_mean_nothing_now(home: Home) -> None:
+    """Neither the end of a wait that is over, nor that somebody wants a leased file, ends a worker or its job."""
     (row,) = home.start()
-    os.kill(row.pid, signal.SIGIO)
-    same((home.ended(home.add("true")).worker, [worker.id for worker in home.store.workers()]), (row.id, [row.id]))
+    home.add(f"echo up; {waits_for('go')}", id="a")
+    home.until_up("a")
+    for number in (signal.SIGALRM, signal.SIGIO) * 10:
+        os.kill(row.pid, number)
+        time.sleep(0.01)
+    touch(home, "go")
+    job = home.ended("a")
+    same((job.state, job.attempts, home.ended(home.add("true")).worker), (q.State.COMPLETED, 1, row.id))
 
 
 @posix
@@ -1819,8 +1869,10 @@ def test_worker_waits_for_its_turn_and_not_for_ever(home: Home) -> None:
     """Workers let each other write first; one that never comes to its turn works all the same."""
     import fcntl
 
-    home.start(2)
-    fd = os.open(os.path.dirname(home.home.bell(0)), os.O_RDONLY)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    home.start(2)  # with that, as anybody may start them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    fd = os.open(home.home.bells, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
         for id in home.add_all([{"command": "true"}] * 4):
@@ -1845,7 +1897,7 @@ with first:
         print(time.monotonic() - start >= q.TURN_S)
     print(is_free(second))
 print(is_free(second), signal.getitimer(signal.ITIMER_REAL)[0])"""
-    same(finished(child(home, program)).out.split(), "False True False True 0.0".split())
+    same(finished(child(home, program)).out.split(), ["False", "True", "False", "True", "0.0"])
 
 
 @posix
@@ -3989,7 +4041,7 @@ def test_fields_no_json_whatever_is_more_than_bad_input() -> None:
     @given(jobs | values)
     def check(value: Any) -> None:
         with contextlib.suppress(q.BadInput):
-            q.check_fields(value)
+            q.check_job(value)
 
     check()
 
@@ -4095,6 +4147,7 @@ class Known:
     fields: dict[str, Any]
     state: q.State = q.State.PENDING
     attempts: int = 0
+    run_at: int | None = None
     due_at: int | None = None
     parents: list[int] = dataclasses.field(default_factory=list)
     doomed_by: int | None = None
@@ -4181,7 +4234,7 @@ class Model:
                 told.append((holder.id, False))
                 continue
             due = now + fields["delay"] * 1000 if fields.get("delay") else None
-            job = Known(self.last + n, id, fields, due_at=due)
+            job = Known(self.last + n, id, fields, run_at=due, due_at=due)
             new.append((job, fields.get("after", [])))
             self.jobs[job.seq] = job
             told.append((id, True))
@@ -4244,7 +4297,8 @@ class Model:
                 if self.holder(other.has("key")):
                     raise Refused
                 other.state, other.attempts = q.State.PENDING, 0
-                other.due_at = other.doomed_by = other.ended_at = None
+                other.due_at = other.run_at if (other.run_at or 0) > now else None
+                other.doomed_by = other.ended_at = None
         waited_for = {seq for job in self.jobs.values() if job.state in q.WAITING for seq in job.parents}
         for seq in sorted(waited_for & set(self.jobs)):
             if self.jobs[seq].state in (q.State.DEAD, q.State.CANCELLED):
@@ -4426,7 +4480,7 @@ def store_machine() -> Any:
                         raise Refused
                     job.fields = {**job.fields, **spec}
                     if "delay" in spec:
-                        job.due_at = self.now + spec["delay"] * 1000 if spec["delay"] else None
+                        job.run_at = job.due_at = self.now + spec["delay"] * 1000 if spec["delay"] else None
                     if "after" in spec:
                         job.parents = []
                         self.model.bind(job, spec["after"], self.now)

@@ -263,7 +263,7 @@ def _integer(low: int, high: int) -> _Check:
 def _number(low: float, *, above: bool = False, high: float = MAX_SECONDS) -> _Check:
     def check(value: Any) -> float:
         if type(value) not in (int, float) or not low <= value <= high or (above and value == low):
-            most = f" and at most {high:g}" if high < MAX_SECONDS else ""
+            most = f" and at most {high:g}" if type(value) in (int, float) and value > high else ""
             raise BadInput(f"must be a number {'above' if above else 'of at least'} {low:g}{most}")
         return float(value)
 
@@ -354,8 +354,11 @@ def _parse_environment(words: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in (word.partition("=") for word in words)}
 
 
-def _parse_codes(text: str) -> list[int | float]:
-    return [parse_number(word) for word in text.split(",")]
+def _parse_codes(words: Sequence[str]) -> list[int | float]:
+    return [parse_number(word) for word in ",".join(words).split(",")]
+
+
+_codes = _list_of(_integer(0, 2**32 - 1), "integers")
 
 
 class Field(NamedTuple):
@@ -385,12 +388,16 @@ FIELDS = {
     "after": Field(_list_of(_id, "ids"), "Start only once this job has completed.", list, "many", "ID"),
     "hold": Field(_flag, "Wait until `release`.", bool, "flag"),
     "on_lost": Field(_choice("retry", "dead"), "If its worker dies: retry, or dead.", metavar="WHAT"),
-    "ok_codes": Field(_list_of(_integer(0, 2**32 - 1), "integers"), "Exit codes that complete it.", _parse_codes),
-    "no_retry_codes": Field(
-        _list_of(_integer(0, 2**32 - 1), "integers"), "Exit codes that make it dead at once.", _parse_codes
-    ),
+    "ok_codes": Field(_codes, "Exit codes that complete it, like 3,4.", _parse_codes, "many", "CODES"),
+    "no_retry_codes": Field(_codes, "Exit codes that make it dead at once.", _parse_codes, "many", "CODES"),
     "snooze": Field(_flag, "Exit code 75: back for its backoff, the attempt not counted.", bool, "flag"),
 }
+
+
+BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {  # what holds where nothing is said
+    "priority": 0, "queue": "default", "hold": False, "on_lost": "retry", "snooze": False,
+}  # fmt: skip
+CLEARABLE = [name for name in FIELDS if name not in ("id", "command", "delay", "cwd")]
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -458,10 +465,11 @@ def parse_job(text: str) -> Any:
     try:
         return _decode_json(text)
     except json.JSONDecodeError as error:
-        eaten = "{" in text and '"' not in text
+        eaten = "{" in text and ":" in text and '"' not in text
         hint = "; the shell has eaten its quotes: use `enqueue -- COMMAND`" if eaten else ""
         near = printable(text[max(0, error.pos - 10) : error.pos + 20])
-        raise BadInput(f"not valid JSON, {error.msg} at character {error.pos + 1} (near {near!r}){hint}") from None
+        what = error.msg.removesuffix(" at")
+        raise BadInput(f"not valid JSON, {what} at character {error.pos + 1} (near {near!r}){hint}") from None
     except (RecursionError, ValueError):
         raise BadInput("not valid JSON: nested too deep, or a number too long") from None
 
@@ -831,9 +839,6 @@ class Orders(NamedTuple):
 
 
 _Result = TypeVar("_Result")
-_BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {
-    "priority": 0, "queue": "default", "hold": False, "on_lost": "retry", "snooze": False,
-}  # fmt: skip
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _COLUMNS = ", ".join(COLUMNS)
 _SELECT = f"SELECT {_COLUMNS} FROM jobs "
@@ -967,7 +972,8 @@ class Store:
     def _rows(self, sql: str) -> Iterator[Any]:
         """The rows of a statement one by one, for those that may be many."""
         try:
-            yield from self._db.execute(sql)
+            for row in self._db.execute(sql):  # noqa: UP028 (that would close it, after the database perhaps)
+                yield row
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
 
@@ -1042,7 +1048,7 @@ class Store:
         )
         self._change("DELETE FROM staged")
         rows = (
-            _given({**_BLANK, **self._as_columns(spec, now), "created_at": now, "origin": origin})
+            _given({**BLANK, **self._as_columns(spec, now), "created_at": now, "origin": origin})
             for origin, spec in specs
         )
         columns = (*_GIVEN, "origin")
@@ -1303,7 +1309,7 @@ class Store:
         """Change fields of waiting jobs; the ids."""
         values = self._as_columns(spec, now)
         if "run_at" in values:
-            values["due_at"] = values["run_at"] if values["run_at"] > now else None
+            values["due_at"] = values["run_at"] if (values["run_at"] or 0) > now else None
         columns = ", ".join(f"{name} = :{name}" for name in values)
         with self.writing():
             chosen = self._choose(which, WAITING, "edited")
@@ -2735,6 +2741,7 @@ class JobLog:
         self._path, self._spool = path, None if os.access(path, os.F_OK) else spool
         self.at = self._spool.path if self._spool else path  # what the command is to write to
         self.trouble: str | None = None  # why what was written is lost
+        self._noted = 0  # bytes beyond the limit that say so
         self._fd = self._spool.take() if self._spool else open_log(path)
         self.start = self._size()
         if self.start:
@@ -2754,10 +2761,11 @@ class JobLog:
         if self.at != self._path:
             self._take_place()
         note = f"\n--- output beyond {limit} bytes is dropped (config log_max_bytes) ---\n"
-        if limit and self._size() > limit + len(note):
+        if limit and self._size() > limit + self._noted:
             with contextlib.suppress(OSError):
                 os.truncate(self.at, limit)
                 self._write(note)
+                self._noted = len(note)
 
     def _take_place(self) -> None:
         try:
@@ -2838,7 +2846,7 @@ def run_attempt(
 
 def _error_of(end: End, exit: Exit, job: Job, settings: Settings) -> str | None:
     if end is End.EXITED:
-        return describe(exit)
+        return None if exit.exit_code in (job.ok_codes or ()) else describe(exit)
     if end is End.TIMED_OUT:
         limit = f"{_time_limit(job, settings):g} s"
         return f"timed out after {limit}; raise it with --timeout, or for all with `queuectl config set job_timeout`"
@@ -3361,10 +3369,12 @@ def attempt_json(attempt: Attempt) -> dict[str, Any]:
 
 
 def why_waiting(job: Job, found: Obstacles, now: int) -> tuple[str | None, str | None]:
-    """Why a job that waits is not running, and the command that would change it; also for a dead one."""
+    """Why a job that has not ended is not running, and the command that would change it; also for a dead one."""
     if job.state is State.DEAD:
         again = found.parents[:1] if job.blockers else [job.id]
         return None, f"queuectl dlq retry {again[0]}" if again else None
+    if job.state is State.PROCESSING and all(row.id != job.worker for row in found.workers):
+        return "its worker is gone", None if found.workers else "queuectl worker start"
     if job.state not in WAITING:
         return None, None
     if job.hold:
@@ -3671,7 +3681,8 @@ class Program(click.Group):
         except (click.Abort, KeyboardInterrupt):
             code = EX_INTERRUPTED
         except OSError as error:
-            code = _fail(f"{error.strerror or error}: {error.filename or 'output'}", 1)
+            where = error.filename or "output; what was asked for may be done all the same"
+            code = _fail(f"{error.strerror or error}: {where}", 1)
         sys.exit(code or 0)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -3732,6 +3743,12 @@ def say(lines: Iterable[str]) -> None:
 def say_json(document: Any) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(document))
+
+
+def refuse_both(one: str | bool, other: str | bool) -> None:
+    """BadInput where two options were given that exclude each other."""
+    if one and other:
+        raise BadInput(f"{one} and {other} exclude each other")
 
 
 def width() -> int:
@@ -3828,13 +3845,15 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
 def see_through(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) -> int:
     """Wait for jobs, showing the output of one alone; what to exit with."""
     jobs = [store.get(id) for id in ids]
-    warn_if_nobody_works(home, store)
+    warn_if_nobody_works(home, store, (job.state for job in jobs))
     if len(jobs) != 1:
         found = wait_for_jobs(store, [job.seq for job in jobs], math.inf, lambda _: None)
         return int(found is None or any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
     job = follow_log(store, home.log(jobs[0].id), jobs[0], (lambda _: None) if is_quiet else write_out)
-    history = store.history(job)
-    return exit_code_of(job, history[-1] if history else None)
+    last = next(reversed(store.history(job)), None)
+    if job.error and (last is None or last.ended_by != End.EXITED.value or last.signal):
+        click.echo(f"job {job.id}: {printable(job.error)}", err=True)  # its output does not say that
+    return exit_code_of(job, last)
 
 
 def write_out(block: bytes) -> None:
@@ -3879,6 +3898,7 @@ def worker() -> None:
 @json_option
 def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: bool, as_json: bool) -> None:
     """Start detached workers; returns once all are up."""
+    refuse_both(foreground and "--foreground", as_json and "--json")
     free_of_job(sys.argv[1:])
     check_queues(queues)
     home = open_home()
@@ -3941,6 +3961,7 @@ def worker_list(home: Home, store: Store, as_json: bool) -> None:
 @with_store
 def status(home: Home, store: Store, watch: bool, as_json: bool) -> None:
     """Show how many jobs are where, and what stands in the way."""
+    refuse_both(watch and "--watch", as_json and "--json")
     show_status(home, store, as_json)
     while watch:
         time.sleep(1)
@@ -4032,9 +4053,10 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
     some = bool(ids or tag or queue)
     jobs = some_of(store.chosen(Selection(ids, tag, queue))) if some else []
+    states = [job.state for job in jobs] if some else [state for state, n in store.counts().items() if n]
     total = len(jobs) if some else sum(store.counts().values())
     timeout_s = option_duration("--timeout", timeout)
-    warn_if_nobody_works(home, store)
+    warn_if_nobody_works(home, store, states)
     with progress_to(total) as progress:
         found = wait_for_jobs(store, [job.seq for job in jobs] if some else None, timeout_s, progress)
     if as_json:
@@ -4051,9 +4073,9 @@ def some_of(jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-def warn_if_nobody_works(home: Home, store: Store) -> None:
-    """Who waits for what nobody will do is told so."""
-    if not living_workers(home, store) and any(store.counts()[state] for state in OPEN):
+def warn_if_nobody_works(home: Home, store: Store, states: Iterable[State]) -> None:
+    """Who waits for jobs in these states that nobody will run is told so."""
+    if any(state in OPEN for state in states) and not living_workers(home, store):
         click.echo("no worker is running; start one: queuectl worker start", err=True)
 
 
@@ -4079,30 +4101,37 @@ def cancel(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue:
 @cli.command(cls=TypedCommand)
 @selection_options
 @field_options(*(name for name in FIELDS if name not in ("id", "queue", "tag")))
+@click.option("--clear", type=click.Choice([name.replace("_", "-") for name in CLEARABLE]), multiple=True,
+              metavar="FIELD", help="As if nothing had been said of it; may be repeated.")  # fmt: skip
 @json_option
 @with_store
-def edit(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool,
-         **options: Any) -> None:  # fmt: skip
+def edit(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, clear: Sequence[str],
+         as_json: bool, **options: Any) -> None:  # fmt: skip
     """Change waiting jobs; a command behind -- replaces theirs.
 
     With ids, --queue and --tag are new values; without, they choose the jobs.
     """
     if ids:
         options |= {"tag": tag, "queue": queue}
-    spec = changes_given(click.get_current_context().meta.get("typed"), options)
+    spec = changes_given(click.get_current_context().meta.get("typed"), options, clear)
     done = store.edit(Selection(ids) if ids else Selection((), tag, queue), spec, now_ms())
     wake_one(home, store)
     say_done(done, "edited", as_json)
 
 
-def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any]) -> Spec:
-    """The fields that an `edit` names."""
+def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear: Sequence[str]) -> Spec:
+    """What an `edit` makes of fields: those that it sets, and those that it clears."""
     fields = parse_options({**options, "env": with_values(options["env"])})
+    refuse_both("command" in fields and "--command", bool(typed) and "a command behind --")
     if typed:
         fields["command"] = typed[0] if len(typed) == 1 else list(typed)
-    if not fields:
+    cleared = {name: BLANK[name] for name in (word.replace("-", "_") for word in clear)}
+    for name in cleared:
+        refuse_both(name in fields and f"setting {name!r}", "--clear of it")
+    if not fields and not cleared:
         raise BadInput("name a field to change, for example --priority 5")
-    return {name: here(value) if name == "cwd" else value for name, value in check_fields(fields).items()}
+    spec = check_fields(fields)
+    return {**spec, **({"cwd": here(spec["cwd"])} if "cwd" in spec else {}), **cleared}
 
 
 @cli.group()
@@ -4290,7 +4319,7 @@ def config_list(home: Home, store: Store, as_json: bool) -> None:
     if as_json:
         say_json(values)
     else:
-        rows = [[key, plain(value), SETTINGS[key].help] for key, value in values.items()]
+        rows = [[key, printable(plain(value)), SETTINGS[key].help] for key, value in values.items()]
         say(table(("KEY", "VALUE", "MEANING"), rows, width()))
 
 
@@ -4304,7 +4333,8 @@ def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
     if as_json:
         say_json(value)
     else:
-        say([plain(value)])
+        shown = printable(plain(value)) if sys.stdout.isatty() else plain(value)
+        click.echo(shown, color=True)  # or click would take escapes off that belong to the value
 
 
 @config.command("set", context_settings={"ignore_unknown_options": True})
@@ -4416,6 +4446,7 @@ def refuse_while_working(home: Home, store: Store) -> None:
 @with_store
 def metrics(home: Home, store: Store, prometheus: bool, as_json: bool) -> None:
     """Show how many jobs did well, how long they waited and ran."""
+    refuse_both(prometheus and "--prometheus", as_json and "--json")
     if prometheus:
         say(prometheus_lines(store.queues(), living_workers(home, store), store.tallies()))
         return

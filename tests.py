@@ -906,6 +906,24 @@ def test_edit_leaves_what_it_does_not_name(home: Home) -> None:
     same({name: getattr(job, name) for name in fields} | {"priority": job.priority}, fields | {"priority": 7})
 
 
+def test_edit_clears_what_was_said(home: Home) -> None:
+    """`--clear` makes a field what it is where nothing is said, of every field that has such a value."""
+    home.add(id="p", hold=True)
+    fields: dict[str, Any] = {"priority": 3, "max_retries": 1, "timeout": 5.0, "backoff_base": 3.0, "queue": "q"}
+    fields |= {"tag": "t", "key": "k", "env": {"A": "b"}, "after": ["p"], "hold": True, "on_lost": "dead"}
+    fields |= {"ok_codes": [3], "no_retry_codes": [4], "snooze": True, "run_at": 4_000_000_000}
+    same(sorted(fields), sorted(q.CLEARABLE))
+    home.add(id="a", **fields)
+    home.add(id="b")
+    for name in q.CLEARABLE:
+        home.run("edit", "a", "--clear", name.replace("_", "-"))
+        same(getattr(home.job("a"), name), getattr(home.job("b"), name))
+    same((home.job("a").blockers, home.job("a").due_at), (0, None))
+    home.fails("edit", "a", "--clear", "tag", "--tag", "u", code=2)
+    home.fails("edit", "a", "--clear", "command", code=2)
+    home.fails("edit", "a", "--command", "x", "--", "y", code=2)
+
+
 def test_edit_cannot_take_a_key_that_another_bears(home: Home) -> None:
     """A key stays with one job at a time also when jobs are edited, whichever way several are."""
     home.add(id="a", key="k")
@@ -1312,6 +1330,28 @@ def test_log_may_be_limited(home: Home) -> None:
     home.start()
     same(home.ended("a").state.value, "completed")
     assert len(home.log("a")) < 1200 and b"dropped" in home.log("a"), len(home.log("a"))
+
+
+@posix
+def test_log_may_be_limited_to_the_byte(home: Home) -> None:
+    """What is beyond the limit is dropped also where it is little; what is not stays as it is, through retries."""
+    home.store.configure("log_max_bytes", 10)
+    home.add("printf 1234567890", id="a")
+    home.add("printf 12345678901", id="b", max_retries=0)
+    home.start()
+    same((home.ended("a").state.value, home.log("a")), ("completed", b"1234567890"))
+    note = b"\n--- output beyond 10 bytes is dropped (config log_max_bytes) ---\n"
+    same((home.ended("b").state.value, home.log("b")), ("completed", b"1234567890" + note))
+
+
+def test_command_that_ends_with_an_ok_code_has_no_error(home: Home) -> None:
+    """A job that an exit code of `ok_codes` completes is as good as any: nothing was wrong with it."""
+    home.add("exit 3", id="a", ok_codes=[3])
+    home.start()
+    job = home.ended("a")
+    same((job.state.value, job.exit_code, job.error, home.history("a")[0].error), ("completed", 3, None, None))
+    [job_id] = home.json("enqueue", "--ok-codes", "3,4", "--ok-codes", "5", "--", "exit 5")
+    same(home.job(job_id["id"]).ok_codes, [3, 4, 5])
 
 
 def test_command_sees_what_the_contract_names(home: Home) -> None:
@@ -2144,13 +2184,15 @@ def test_why_waiting_names_every_reason() -> None:
         (job, here._replace(workers=[]), "no worker is running", "worker start"),
         (job, here._replace(workers=[a_worker(queues=["x"])]), "no worker takes queue default", "worker start"),
         (job, here, "waiting for a free worker", None),
+        (job._replace(state=q.State.PROCESSING, worker=7), here, "its worker is gone", None),
+        (job._replace(state=q.State.PROCESSING, worker=7), here._replace(workers=[]), "its worker is gone", "start"),
     ]
     for case, found, reason, command in cases:
         got = q.why_waiting(case, found, 500)
         same((got[0], command is None or command in str(got[1])), (reason, True))
     for state in set(q.State) - set(q.WAITING):
         helps = "queuectl dlq retry a" if state is q.State.DEAD else None
-        same(q.why_waiting(job._replace(state=state), here, 0), (None, helps))
+        same(q.why_waiting(job._replace(state=state, worker=here.workers[0].id), here, 0), (None, helps))
 
 
 def test_exit_code_of_a_job_is_what_a_shell_would_give() -> None:
@@ -2499,20 +2541,26 @@ def test_status_watch_redraws_until_ctrl_c(home: Home) -> None:
     same((process.returncode, err.strip()), (130, b""))
 
 
+def seen_on_a_terminal(home: Home, *args: str, **env: str) -> bytes:
+    """What a command prints on a terminal."""
+    import pty
+
+    master, slave = pty.openpty()
+    process = home.popen(*args, stdout=slave, env={"TERM": "xterm", **env})
+    os.close(slave)
+    text = b""
+    with contextlib.suppress(OSError), open(master, "rb", buffering=0) as terminal:
+        while block := terminal.read(4096):
+            text += block
+    process.communicate(timeout=DEADLINE_S)
+    return text
+
+
 @posix
 def test_status_is_coloured_on_a_terminal_unless_told_not_to_be(home: Home) -> None:
     """A terminal gets colour, with NO_COLOR it does not."""
-    import pty
-
-    for env, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False)):
-        master, slave = pty.openpty()
-        process = home.popen("status", stdout=slave, env={"TERM": "xterm", **env})
-        os.close(slave)
-        text = b""
-        with contextlib.suppress(OSError), open(master, "rb", buffering=0) as terminal:
-            while block := terminal.read(4096):
-                text += block
-        process.communicate(timeout=DEADLINE_S)
+    for no_colour, coloured in (("", True), ("1", False)):
+        text = seen_on_a_terminal(home, "status", NO_COLOR=no_colour)
         same((b"\x1b[" in text, b"completed" in text), (coloured, True))
 
 
@@ -2566,6 +2614,53 @@ def test_dlq_retry_and_purge_take_all_or_nothing(home: Home) -> None:
     same(os.path.exists(home.home.log("a")), False)
     home.run("dlq", "purge", "--all")
     same([job.id for job in home.store.jobs()], ["c", "alive"])
+
+
+@posix
+def test_config_shows_no_control_characters_and_changes_none(home: Home) -> None:
+    """A value with an escape is escaped where a person looks, and whole where a program does."""
+    value = "echo \x1b[31mred"
+    home.run("config", "set", "on_dead", value)
+    same((home.out("config", "get", "on_dead"), home.json("config", "get", "on_dead")), (value + "\n", value))
+    for args in (["config", "list"], ["config", "get", "on_dead"]):
+        shown = seen_on_a_terminal(home, *args)
+        assert b"\x1b" not in shown and b"\\x1b[31mred" in shown, shown
+
+
+def test_options_that_exclude_each_other_are_refused(home: Home) -> None:
+    """What cannot be had at once is said in one line."""
+    home.run("status")
+    for args in (["status", "--watch"], ["metrics", "--prometheus"], ["worker", "start", "--foreground"]):
+        assert "exclude" in home.fails(*args, "--json", code=2)
+
+
+@posix
+def test_output_that_nobody_reads_is_no_traceback(home: Home) -> None:
+    """Whoever closes the pipe, or has a full disk behind it, costs neither the jobs nor a clear error."""
+    for _ in range(5):
+        reader, writer = os.pipe()
+        os.close(reader)
+        ran = finished(home.popen("enqueue", "--hold", "--", "true", stdout=writer))
+        os.close(writer)
+        same((ran.code, ran.err), (0, ""))
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            ran = finished(home.popen("enqueue", "-", stdin=subprocess.DEVNULL, stdout=full))
+            same((ran.code, ran.err), (0, ""))
+            ran = finished(home.popen("enqueue", "--hold", "--", "true", stdout=full))
+        assert ran.code == 1 and re.fullmatch(r"Error: .*output.*done all the same\n", ran.err), ran.err
+    same(len(home.store.jobs()), 6 if os.path.exists("/dev/full") else 5)
+
+
+def test_enqueue_wait_says_what_the_output_does_not(home: Home) -> None:
+    """Why a job did not start, or was ended, is said to who waits for it; an exit code speaks for itself."""
+    home.start()
+    ran = home.run("enqueue", "--wait", "--id", "a", "--cwd", str(home.work / "gone"), "--max-retries", "0",
+                   "--", "exit 0", code=1)  # fmt: skip
+    assert re.fullmatch(r"job a: its directory .* is gone\n", ran.err), ran.err
+    same(home.run("enqueue", "--wait", "--max-retries", "0", "--", "exit 3", code=3).err, "")
+    home.run("worker", "stop")
+    same(home.run("wait", "a", code=1).err, "")  # it has ended: no worker is needed
 
 
 def test_config_get_prints_the_value_alone(home: Home) -> None:

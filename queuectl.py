@@ -65,7 +65,7 @@ HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
 BUSY_RESTS_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
-TURN_S = 0.05  # how long a worker waits for its turn to write before it just tries
+TURN_S = 0.02  # how long a worker waits for its turn to write before it just tries
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
@@ -1446,11 +1446,16 @@ class Store:
     def workers(self) -> list[WorkerRow]:
         """Every registered worker, dead ones included: only the platform can tell."""
         rows = self._all(
-            """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at,
-                (SELECT id FROM jobs WHERE state = 'processing' AND worker = workers.id) FROM workers ORDER BY slot"""
+            """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at, busy.id FROM workers
+                LEFT JOIN (SELECT worker, id FROM jobs WHERE state = 'processing') AS busy ON busy.worker = workers.id
+                ORDER BY slot"""
         )
         decoded = (row[:4] + (row[4] and json.loads(row[4]), bool(row[5])) + row[6:] for row in rows)
         return [WorkerRow(*row) for row in decoded]
+
+    def worker_ids(self) -> list[int]:
+        """Their ids alone: what workers ask once a second must not cost more the more they are."""
+        return [row[0] for row in self._all("SELECT id FROM workers")]
 
     def tell_to_stop(self, workers: Sequence[int], how: str) -> None:
         """Workers shall leave: `finish` after their job, `now` at once."""
@@ -3111,20 +3116,20 @@ class Worker:
                 self._store.restart_backoffs(self._now())
                 self._version = -1  # what we commit ourselves is no news to our connection
             self._clock_ms = clock_ms
-            for row in self._store.workers():
-                if row.id != self._row.id and not is_alive(self._home, row.id) and time.monotonic() >= self._bury_at:
-                    self._bury(row)
+            for worker in self._store.worker_ids():
+                if worker != self._row.id and not is_alive(self._home, worker) and time.monotonic() >= self._bury_at:
+                    self._bury(worker)
         except StoreError as error:
             self._complain(str(error))
 
-    def _bury(self, dead: WorkerRow) -> None:
+    def _bury(self, dead: int) -> None:
         ended = recover(self._home, self._store, dead, self._settings, self._now())
         if ended is None:
-            self._complain(f"the job of dead worker {dead.id} cannot be ended yet")
+            self._complain(f"the job of dead worker {dead} cannot be ended yet")
             self._bury_at = time.monotonic() + 10 * TEND_S  # others want the database too
             return
         for job, state in ended:
-            self._say(f"recovered job {job.id} of dead worker {dead.id}: {state.value if state else 'ended'}")
+            self._say(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
             if hook := hook_for(state, self._settings):
                 self._hooks.append((job.id, hook))
         self._version = -1  # what we commit ourselves is no news to our connection
@@ -3135,9 +3140,7 @@ def mark_in(home: Home, what: str) -> str:
     return f"{what}@{home.path}".replace(" ", "%20")  # one word, for `ps`
 
 
-def recover(
-    home: Home, store: Store, dead: WorkerRow, settings: Settings, now: int
-) -> list[tuple[Job, State | None]] | None:
+def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -> list[tuple[Job, State | None]] | None:
     """End what a dead worker's job left running; only then may the job be tried again.
 
     All in one transaction: nobody can claim the job, and write to its log, while we look for who
@@ -3145,16 +3148,16 @@ def recover(
     """
     ended = []
     with store.writing():
-        for job in store.under_way(dead.id):
+        for job in store.under_way(dead):
             log = home.log(job.id)
-            keep_spooled(home.spool(dead.id), log)
+            keep_spooled(home.spool(dead), log)
             if not end_leftovers(mark_in(home, job.mark), log):
                 return None
-            lost = Outcome(End.LOST, error=f"worker {dead.id} died while it ran")
+            lost = Outcome(End.LOST, error=f"worker {dead} died while it ran")
             ended.append((job, store.finish(job, lost, settings, now)))
-        store.unregister(dead.id)
-    remove_file(home.bell(dead.id))
-    remove_file(home.spool(dead.id))
+        store.unregister(dead)
+    remove_file(home.bell(dead))
+    remove_file(home.spool(dead))
     return ended
 
 
@@ -3252,12 +3255,12 @@ def living_workers(home: Home, store: Store) -> list[WorkerRow]:
 def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
     """Cancel jobs, and wait until the processes of those under way are ended; the ids of those cancelled then."""
     chosen = store.cancel(which, now_ms())
-    holders = {job.worker for job in chosen if job.state is State.PROCESSING}
-    for row in store.workers():
-        if row.id in holders and not ring(home, row.id):
-            recover(home, store, row, store.settings(), now_ms())
+    holders = {job.worker or 0 for job in chosen if job.state is State.PROCESSING}
+    for worker in holders.intersection(store.worker_ids()):
+        if not ring(home, worker):
+            recover(home, store, worker, store.settings(), now_ms())
     seqs = [job.seq for job in chosen]
-    while State.PROCESSING in store.states_of(seqs) and any(is_alive(home, worker or 0) for worker in holders):
+    while State.PROCESSING in store.states_of(seqs) and any(is_alive(home, worker) for worker in holders):
         time.sleep(WAIT_LOOK_S)
     return [job.id for job in chosen if store.get(job.id).state is State.CANCELLED]
 
@@ -4394,7 +4397,7 @@ def findings(home: Home, store: Store) -> Iterator[str]:
     dead = [row for row in store.workers() if not is_alive(home, row.id)]
     yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
                 "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
-    yield from home_problems(home, store.exists, lambda: [row.id for row in store.workers()])
+    yield from home_problems(home, store.exists, store.worker_ids)
     if free_bytes(home.path) < LOW_DISK_BYTES:
         yield f"the disk of {home.path} is nearly full"
 
@@ -4403,7 +4406,7 @@ def mend(home: Home, store: Store) -> None:
     """Repair what the findings are about, as far as it can be."""
     store.repair(now_ms())
     make_private(home)
-    remove_stray_logs(home, store.exists, lambda: [row.id for row in store.workers()])
+    remove_stray_logs(home, store.exists, store.worker_ids)
 
 
 @cli.command()

@@ -65,12 +65,13 @@ HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
 BUSY_RESTS_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
-TURN_S = 0.02  # how long a worker waits for its turn to write before it just tries
+TURN_S = 0.03  # how long a worker waits for its turn to write before it just tries
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
 PAGE_BYTES = 2048  # a job's step touches eight pages, and the WAL takes them whole
-WORKER_CHECKPOINT_PAGES = 8_000  # a checkpoint waits for the disk, so workers let the WAL grow to 16 MB
+CHECKPOINT_CHANCE = 1 / 1500  # of a worker's steps: about 16 MB of the WAL, however many workers there are
+WORKER_CHECKPOINT_PAGES = 32_000  # where it comes anyhow, in the middle of a step
 BUCKETS_S = (0.01, 0.1, 1, 10, 60, 600, 3600, 86400)  # of the histograms of wait and run time
 WORKER_CACHE_KIB = 512  # a worker looks at few pages; it does not grow with the queue
 LIST_ROWS = 100  # rows that a table shows unless told
@@ -1015,6 +1016,10 @@ class Store:
     def version_seen(self) -> int:
         """A number that changes whenever another process has committed."""
         return int(self._one("PRAGMA data_version")[0])
+
+    def checkpoint(self) -> None:
+        """Carry what has been committed from the WAL into the database; waits for the disk, and holds up nobody."""
+        self._change("PRAGMA wal_checkpoint(PASSIVE)")
 
     def sync(self) -> None:
         """Put on disk what has been committed so far, whatever `durable` says: only a commit that writes does."""
@@ -2995,6 +3000,9 @@ class Worker:
             self._hooks.append((report[0].id, hook))
         if report and not ended:
             self._say(f"the result of job {report[0].id} came too late: refused")
+        if _chance() < CHECKPOINT_CHANCE:
+            with contextlib.suppress(StoreError):  # whoever is next will try again
+                store.checkpoint()
         return job
 
     def _run_hook(self, id: str, line: str) -> None:
@@ -3162,7 +3170,7 @@ def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -
 
 
 def _chance() -> float:
-    return time.perf_counter_ns() % 1000 / 1000  # fair enough to spread retries
+    return time.perf_counter_ns() % 999_983 / 999_983  # fair enough to spread retries and checkpoints
 
 
 def wake_one(home: Home, store: Store) -> None:

@@ -1904,6 +1904,25 @@ def test_worker_survives_signals_that_mean_nothing_now(home: Home) -> None:
     same((job.state, job.attempts, home.ended(home.add("true")).worker), (q.State.COMPLETED, 1, row.id))
 
 
+def test_worker_checkpoints_and_loses_nothing_where_that_fails(home: Home) -> None:
+    """What workers write reaches the database itself; where that fails, their jobs do not notice."""
+    home.add_all([{"command": "exit 0"}] * 5)
+    program = """
+q.CHECKPOINT_CHANCE = 2
+made = []
+def checkpoint(self, real=q.Store.checkpoint):
+    made.append(1)
+    if len(made) % 2:
+        raise q.StoreError("full")
+    real(self)
+q.Store.checkpoint = checkpoint
+q.serve(q.open_home(), (), True)
+print(len(made) > 5)"""
+    said = finished(child(home, program))
+    same((said.code, said.err, said.out.splitlines()[-1]), (0, "", "True"))
+    same(home.store.counts()[q.State.COMPLETED], 5)
+
+
 @posix
 def test_worker_waits_for_its_turn_and_not_for_ever(home: Home) -> None:
     """Workers let each other write first; one that never comes to its turn works all the same."""

@@ -3856,7 +3856,7 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
 def see_through(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) -> int:
     """Wait for jobs, showing the output of one alone; what to exit with."""
     jobs = [store.get(id) for id in ids]
-    warn_if_nobody_works(home, store, (job.state for job in jobs))
+    warn_if_nobody_works(home, store, store.states_of([job.seq for job in jobs]))
     if len(jobs) != 1:
         found = wait_for_jobs(store, [job.seq for job in jobs], math.inf, lambda _: None)
         return int(found is None or any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
@@ -3879,8 +3879,7 @@ def specs_given(
     """The jobs that an `enqueue` names, in whichever of its forms."""
     fields = {"cwd": here(), **fields}
     if typed and not words and not file:
-        job = {**fields, "command": typed[0] if len(typed) == 1 else list(typed)}
-        return [("", in_place(check_job(job)))]
+        return [("", in_place(check_job({**fields, "command": as_typed(typed)})))]
     if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
         batch = read_batch(file or sys.stdin.buffer, fields)
         return ((where, in_place(spec)) for where, spec in batch)
@@ -3889,6 +3888,11 @@ def specs_given(
     if words and words[0].lstrip().startswith("{"):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
     raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
+
+
+def as_typed(words: Sequence[str]) -> str | list[str]:
+    """One word is a line for the shell, several are a program and its arguments."""
+    return words[0] if len(words) == 1 else list(words)
 
 
 def in_place(spec: Spec) -> Spec:
@@ -4063,13 +4067,12 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
          as_json: bool) -> int:  # fmt: skip
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
     some = bool(ids or tag or queue)
-    jobs = some_of(store.chosen(Selection(ids, tag, queue))) if some else []
-    states = [job.state for job in jobs] if some else [state for state, n in store.counts().items() if n]
-    total = len(jobs) if some else sum(store.counts().values())
+    seqs = [job.seq for job in some_of(store.chosen(Selection(ids, tag, queue)))] if some else None
+    counts = store.counts() if seqs is None else store.states_of(seqs)
     timeout_s = option_duration("--timeout", timeout)
-    warn_if_nobody_works(home, store, states)
-    with progress_to(total) as progress:
-        found = wait_for_jobs(store, [job.seq for job in jobs] if some else None, timeout_s, progress)
+    warn_if_nobody_works(home, store, counts)
+    with progress_to(sum(counts.values())) as progress:
+        found = wait_for_jobs(store, seqs, timeout_s, progress)
     if as_json:
         say_json({state.value: (found or {}).get(state, 0) for state in ENDED} | {"timed_out": found is None})
     if found is None:
@@ -4084,9 +4087,9 @@ def some_of(jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-def warn_if_nobody_works(home: Home, store: Store, states: Iterable[State]) -> None:
-    """Who waits for jobs in these states that nobody will run is told so."""
-    if any(state in OPEN for state in states) and not living_workers(home, store):
+def warn_if_nobody_works(home: Home, store: Store, counts: Mapping[State, int]) -> None:
+    """Who waits for jobs that nobody will run is told so; `counts` is how many of them are in each state."""
+    if any(counts.get(state, 0) for state in OPEN) and not living_workers(home, store):
         click.echo("no worker is running; start one: queuectl worker start", err=True)
 
 
@@ -4135,14 +4138,14 @@ def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear
     fields = parse_options({**options, "env": with_values(options["env"])})
     refuse_both("command" in fields and "--command", bool(typed) and "a command behind --")
     if typed:
-        fields["command"] = typed[0] if len(typed) == 1 else list(typed)
+        fields["command"] = as_typed(typed)
     cleared = {name: BLANK[name] for name in (word.replace("-", "_") for word in clear)}
     for name in cleared:
         refuse_both(name in fields and f"setting {name!r}", "--clear of it")
     if not fields and not cleared:
         raise BadInput("name a field to change, for example --priority 5")
     spec = check_fields(fields)
-    return {**spec, **({"cwd": here(spec["cwd"])} if "cwd" in spec else {}), **cleared}
+    return {**(in_place(spec) if "cwd" in spec else spec), **cleared}
 
 
 @cli.group()

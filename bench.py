@@ -554,7 +554,7 @@ def serve_instantly(jobs: int) -> None:
 def crowd(bench: Bench) -> Iterator[Row]:
     """16 and 64 workers that contend, against 2; so many jobs that the first of each worker do not count."""
     crowds = (2, 16, 64)
-    two, *others = in_turns(TURNS, *(functools.partial(bench.jobs_a_second, n, 5000, SHELL_TRUE) for n in crowds))
+    two, *others = in_turns(TURNS, *(functools.partial(bench.jobs_a_second, n, 10_000, SHELL_TRUE) for n in crowds))
     for n, rates, least in zip(crowds[1:], others, (0.9, 0.8), strict=True):
         yield compared(f"`true` by the shell, {n} workers : 2 workers", "jobs/s", rates, two, Goal(">=", least))
 

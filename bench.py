@@ -198,9 +198,9 @@ class Bench:
     def jobs_a_second(self, workers: int, jobs: int, command: str | list[str]) -> float:
         """From the first claim to the last finish, with the workers up before the jobs come."""
         home = self.home()
-        with self.workers(home, workers):
+        with self.workers(home, workers), contextlib.closing(sqlite3.connect(home.database)) as db:
             enqueue(home, [command] * jobs)
-            while rows(home, "SELECT sum(n) FROM counts WHERE state = 'completed'") != [(jobs,)]:
+            while db.execute("SELECT sum(n) FROM counts WHERE state = 'completed'").fetchone() != (jobs,):
                 time.sleep(LOOK_S)
         [(first, last)] = rows(home, "SELECT min(started_at), max(finished_at) FROM jobs")
         return jobs / float(last - first) * 1000

@@ -2420,9 +2420,11 @@ else:
 
     def _program(word: str, path: str) -> str:
         """The file that a word means, by the PATH that its command will see."""
+        if "/" in word:
+            return word
         import shutil
 
-        return word if "/" in word else shutil.which(word, path=path) or word
+        return shutil.which(word, path=path) or word
 
     def memory_kills() -> int:
         """How many processes this system has ended for want of memory; only Linux tells (proc(5): vmstat)."""
@@ -2474,6 +2476,8 @@ else:
         import ctypes  # noqa: F401
         import gc
         import logging  # noqa: F401
+        import resource  # noqa: F401
+        import shutil  # noqa: F401
         import socket  # noqa: F401
 
         gc.freeze()  # a collection in a worker would copy every page that it looks at

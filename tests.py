@@ -2149,6 +2149,22 @@ def test_workers_outlive_the_terminal(home: Home) -> None:
 
 
 @posix
+def test_workers_load_nothing_at_their_first_job(home: Home) -> None:
+    """What a job needs is imported before the fork: else each worker would have it for itself."""
+    if sys.platform != "linux":
+        raise Skip("only Linux tells what a process has loaded")
+    (row,) = home.start()
+
+    def loaded() -> set[str]:
+        maps = Path(f"/proc/{row.pid}/maps").read_text()
+        return set(re.findall(r"\S+\.so\S*", maps))
+
+    before = loaded()
+    home.ended(home.add())
+    same(loaded() - before, set())
+
+
+@posix
 def test_workers_do_not_keep_what_their_starter_had_open(home: Home) -> None:
     """A pipe or lock of the script that starts a worker is not held by it."""
     reader, writer = os.pipe()

@@ -1254,6 +1254,29 @@ class Store:
         )
         return {State(state): n for state, n in rows}
 
+    def not_completed(self, seqs: Sequence[int] | None, limit: int) -> list[Job]:
+        """The first of these jobs, with None of all, that ended otherwise."""
+        rows = self._all(
+            _SELECT + """WHERE (:seqs IS NULL OR seq IN (SELECT value FROM json_each(:seqs)))
+                AND state IN ('dead', 'cancelled') ORDER BY seq LIMIT :limit""",
+            seqs=None if seqs is None else _to_json(seqs), limit=limit,
+        )  # fmt: skip
+        return [job_from_row(row) for row in rows]
+
+    def next_of(self, seqs: Sequence[int] | None) -> Job | None:
+        """What the end of these jobs, with None of all, hangs on first: one under way, or the oldest that could be."""
+        if seqs is None:
+            firsts = (self._one("SELECT min(seq) FROM jobs WHERE state = :state", state=state.value) for state in OPEN)
+            seqs = [first[0] for first in firsts if first]
+        row = self._one(
+            f"""WITH RECURSIVE needed(seq) AS (SELECT value FROM json_each(:seqs)
+                UNION SELECT parent FROM dependencies JOIN needed ON child = needed.seq)
+            {_SELECT} WHERE seq IN needed AND state IN ('processing', 'pending', 'failed') AND blockers = 0
+            ORDER BY state = 'processing' DESC, seq LIMIT 1""",
+            seqs=_to_json(seqs),
+        )
+        return job_from_row(row) if row else None
+
     def chosen(self, which: Selection) -> list[Job]:
         """The jobs selected, in whatever state."""
         return self._choose(which, list(State), "chosen")
@@ -3278,9 +3301,13 @@ def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
 
 
 def wait_for_jobs(
-    store: Store, seqs: Sequence[int] | None, timeout_s: float, progress: Callable[[int], object]
-) -> dict[State, int] | None:
-    """Wait until these jobs, or with None all of the queue, have ended; how they did. None at the time-out."""
+    store: Store, seqs: Sequence[int] | None, timeout_s: float, progress: Callable[[int], object],
+    look: Callable[[], object],
+) -> dict[State, int] | None:  # fmt: skip
+    """Wait until these jobs, or with None all of the queue, have ended; how they did. None at the time-out.
+
+    `progress` hears how many have, `look` is called all the while.
+    """
     deadline = time.monotonic() + timeout_s
     seen = None
     while True:
@@ -3293,10 +3320,13 @@ def wait_for_jobs(
                 return found
         if time.monotonic() >= deadline:
             return None
+        look()
         time.sleep(WAIT_LOOK_S)
 
 
-def follow_log(store: Store, path: str, job: Job, write: Callable[[bytes], object], start: int = 0) -> Job:
+def follow_log(
+    store: Store, path: str, job: Job, write: Callable[[bytes], object], look: Callable[[], object], start: int = 0
+) -> Job:
     """Hand on a job's output as it comes, through retries, until the job has ended; the job then."""
     at = start
     while True:
@@ -3306,6 +3336,7 @@ def follow_log(store: Store, path: str, job: Job, write: Callable[[bytes], objec
             write(block)
         if job.state in ENDED:
             return job
+        look()
         time.sleep(FOLLOW_LOOK_S)
 
 
@@ -3403,11 +3434,16 @@ def why_waiting(job: Job, found: Obstacles, now: int) -> tuple[str | None, str |
         return f"queue {job.queue} paused", f"queuectl queue resume {job.queue}"
     if found.max_running is not None and found.running >= found.max_running:
         return f"queue {job.queue} at its limit of {found.max_running}", f"queuectl queue limit {job.queue} none"
-    if not found.workers:
-        return "no worker is running", "queuectl worker start"
+    if all(row.stop for row in found.workers):
+        return nobody_works(found.workers), "queuectl worker start"
     if not any(row.takes(job.queue) for row in found.workers):
         return f"no worker takes queue {job.queue}", f"queuectl worker start --queue {job.queue}"
     return "waiting for a free worker", None
+
+
+def nobody_works(workers: Sequence[WorkerRow]) -> str:
+    """Why there is no worker for what waits."""
+    return "every worker is leaving" if workers else "no worker is running"
 
 
 def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[list[str]]:
@@ -3490,12 +3526,13 @@ def hints(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Seq
     """What stands in the way of the queue, each with the command that helps."""
     if lost:
         yield f"! {lost} dead worker(s) left jobs behind; a running worker sees to them: queuectl worker start"
-    if not workers and any(counts[state] for state in OPEN):
-        yield "! no worker is running; start one: queuectl worker start"
+    staying = [row for row in workers if not row.stop]
+    if not staying and any(counts[state] for state in OPEN):
+        yield f"! {nobody_works(workers)}; start one: queuectl worker start"
     for queue in queues:
         if queue.paused:
             yield f"! queue {queue.name} is paused; go on: queuectl queue resume {queue.name}"
-        elif workers and any(queue.counts[s] for s in WAITING) and not any(row.takes(queue.name) for row in workers):
+        elif staying and any(queue.counts[s] for s in WAITING) and not any(row.takes(queue.name) for row in staying):
             yield f"! no worker takes queue {queue.name}: queuectl worker start --queue {queue.name}"
     if cut_off:
         yield f"! {cut_off} cut off by their time-out; raise it: queuectl config set job_timeout 10m"
@@ -3650,6 +3687,11 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def how_ended(job: Job) -> str:
+    """A job that did not complete, and why."""
+    return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
 
 
 def exit_code_of(job: Job, last: Attempt | None) -> int:
@@ -3860,14 +3902,15 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
 def see_through(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) -> int:
     """Wait for jobs, showing the output of one alone; what to exit with."""
     jobs = [store.get(id) for id in ids]
-    warn_if_nobody_works(home, store, store.states_of([job.seq for job in jobs]))
+    seqs = [job.seq for job in jobs]
+    look = Lookout(home, store, seqs)
     if len(jobs) != 1:
-        found = wait_for_jobs(store, [job.seq for job in jobs], math.inf, lambda _: None)
-        return int(found is None or any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
-    job = follow_log(store, home.log(jobs[0].id), jobs[0], (lambda _: None) if is_quiet else write_out)
+        found = wait_for_jobs(store, seqs, math.inf, lambda _: None, look)
+        return exit_code_of_all(store, seqs, found or {})
+    job = follow_log(store, home.log(jobs[0].id), jobs[0], (lambda _: None) if is_quiet else write_out, look)
     last = next(reversed(store.history(job)), None)
     if job.error and (last is None or last.ended_by != End.EXITED.value or last.signal):
-        click.echo(f"job {job.id}: {printable(job.error)}", err=True)  # its output does not say that
+        say_aside(f"job {how_ended(job)}")  # its output does not say that
     return exit_code_of(job, last)
 
 
@@ -4054,7 +4097,9 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
     start, end = log_range(job, store.history(job), attempt)
     start = start if tail is None else max(start, tail_start(path, tail, end))
     if follow and end is None:
-        follow_log(store, path, job, write_out, start)
+        job = follow_log(store, path, job, write_out, Lookout(home, store, [job.seq]), start)
+        if job.state is not State.COMPLETED:
+            say_aside(f"job {how_ended(job)}")
         return
     blocks = read_log(path, start, end)
     for block in blocks if raw else fold_returns(blocks):
@@ -4074,14 +4119,21 @@ def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: s
     seqs = [job.seq for job in some_of(store.chosen(Selection(ids, tag, queue)))] if some else None
     counts = store.counts() if seqs is None else store.states_of(seqs)
     timeout_s = option_duration("--timeout", timeout)
-    warn_if_nobody_works(home, store, counts)
     with progress_to(sum(counts.values())) as progress:
-        found = wait_for_jobs(store, seqs, timeout_s, progress)
+        found = wait_for_jobs(store, seqs, timeout_s, progress, Lookout(home, store, seqs))
     if as_json:
         say_json({state.value: (found or {}).get(state, 0) for state in ENDED} | {"timed_out": found is None})
-    if found is None:
-        return EX_TIMED_OUT
-    return int(any(found.get(state, 0) for state in (State.DEAD, State.CANCELLED)))
+    return EX_TIMED_OUT if found is None else exit_code_of_all(store, seqs, found)
+
+
+def exit_code_of_all(store: Store, seqs: Sequence[int] | None, found: Mapping[State, int]) -> int:
+    """0 where all of these jobs have completed, 1 where some have not, which are named."""
+    failed = found.get(State.DEAD, 0) + found.get(State.CANCELLED, 0)
+    if failed:
+        named = store.not_completed(seqs, 3)
+        more = ", ..." if failed > len(named) else ""
+        say_aside(f"{failed} of {sum(found.values())} did not complete: {', '.join(map(how_ended, named))}{more}")
+    return int(failed > 0)
 
 
 def some_of(jobs: list[Job]) -> list[Job]:
@@ -4091,10 +4143,36 @@ def some_of(jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-def warn_if_nobody_works(home: Home, store: Store, counts: Mapping[State, int]) -> None:
-    """Who waits for jobs that nobody will run is told so; `counts` is how many of them are in each state."""
-    if any(counts.get(state, 0) for state in OPEN) and not living_workers(home, store):
-        click.echo("no worker is running; start one: queuectl worker start", err=True)
+class Lookout:
+    """Tells who waits for jobs what keeps them from ending, with the command that helps: once for each such thing."""
+
+    def __init__(self, home: Home, store: Store, seqs: Sequence[int] | None) -> None:
+        self._home, self._store, self._seqs = home, store, seqs
+        self._look_at = 0.0  # by the monotonic clock
+        self._said: str | None = None
+
+    def __call__(self) -> None:
+        """Look, if it is time to."""
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + TEND_S
+            found = self._obstacle()
+            if found and found != self._said:
+                say_aside(found)
+            self._said = found
+
+    def _obstacle(self) -> str | None:
+        job = self._store.next_of(self._seqs)
+        if not job:
+            return None
+        [found] = self._store.obstacles([job], living_workers(self._home, self._store))
+        reason, help = why_waiting(job, found, now_ms())
+        return f"job {job.id}: {reason}; {help}" if reason and help else None
+
+
+def say_aside(text: str) -> None:
+    """A line on standard error, in the place of a progress bar that may stand there."""
+    erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+    click.echo(erase + printable(text), err=True)
 
 
 @contextlib.contextmanager

@@ -2692,10 +2692,43 @@ def test_enqueue_wait_says_what_the_output_does_not(home: Home) -> None:
     home.start()
     ran = home.run("enqueue", "--wait", "--id", "a", "--cwd", str(home.work / "gone"), "--max-retries", "0",
                    "--", "exit 0", code=1)  # fmt: skip
-    assert re.fullmatch(r"job a: its directory .* is gone\n", ran.err), ran.err
+    assert re.fullmatch(r"job a is dead: its directory .* is gone\n", ran.err), ran.err
     same(home.run("enqueue", "--wait", "--max-retries", "0", "--", "exit 3", code=3).err, "")
     home.run("worker", "stop")
-    same(home.run("wait", "a", code=1).err, "")  # it has ended: no worker is needed
+    ran = home.run("wait", "a", code=1)  # it has ended: no worker is needed
+    assert re.fullmatch(r"1 of 1 did not complete: a is dead: its directory .* is gone\n", ran.err), ran.err
+
+
+def test_wait_names_those_that_did_not_complete(home: Home) -> None:
+    """Who waited for many need not look for the ones that failed."""
+    home.start()
+    ids = [home.add("exit 3", id=f"bad{n}", max_retries=0) for n in range(4)] + [home.add(id="good")]
+    bad = ", ".join(f"bad{n} is dead: exit code 3" for n in range(3))
+    same(home.run("wait", *ids, code=1).err, f"4 of 5 did not complete: {bad}, ...\n")
+    same(home.run("wait", "good").err, "")
+    same(home.run("logs", "--follow", "bad1").err, "job bad1 is dead: exit code 3\n")
+    same(home.run("logs", "--follow", "good").err, "")
+
+
+def test_wait_says_what_keeps_jobs_from_ending(home: Home) -> None:
+    """On hold, paused, or with nobody to run them: it is said, once, to who waits, also what a parent waits for."""
+    none = "no worker is running; queuectl worker start"
+    home.add(id="first", hold=True)
+    home.add(id="then", after=["first"])
+    for command in (["wait", "--timeout", "1.5", "then"], ["wait", "--timeout", "0.1"]):
+        same(home.run(*command, code=124).err, "job first: on hold; queuectl release first\n")
+    home.run("release", "first")
+    same(home.run("wait", "--timeout", "0.1", "then", code=124).err, f"job first: {none}\n")
+    home.add("sleep 1.5", id="long")
+    home.run("edit", "long", "--priority", "9")
+    home.start()
+    until(lambda: home.state("long") == "processing")
+    waiting = home.popen("wait", "--timeout", "5", "then")
+    home.run("worker", "stop")
+    said = finished(waiting).err  # as soon as that is so, and no later than its worker is told to leave
+    assert home.state("long") == "completed" and said.endswith(f"job first: {none}\n"), said
+    home.start()
+    same(home.run("wait", "then").err, "")
 
 
 def test_config_get_prints_the_value_alone(home: Home) -> None:

@@ -1303,7 +1303,7 @@ class Store:
             return chosen
         if not (which.tag or which.queue or which.every):
             raise BadInput("name jobs by id, or choose them with --tag or --queue")
-        return self.jobs(which, [state.value for state in states])
+        return self.jobs(which, states)
 
     # ---- commands about jobs
 
@@ -3849,13 +3849,18 @@ key_argument = click.argument("key", shell_complete=complete_keys)
 
 
 def tag_and_queue(command: Any) -> Any:
-    """--tag and --queue, to choose jobs by."""
-    command = click.option("--queue", metavar="Q", help="Those of this queue.")(command)
-    return click.option("--tag", metavar="T", help="Those with this tag.")(command)
+    """--tag and --queue, to choose jobs by; the command is given the Selection that they and ids make."""
+
+    @functools.wraps(command)
+    def run(ids: Sequence[str] = (), every: bool = False, *, tag: str | None, queue: str | None, **options: Any) -> Any:
+        return command(which=Selection(ids, tag, queue, every), **options)
+
+    made = click.option("--queue", metavar="Q", help="Those of this queue.")(run)
+    return click.option("--tag", metavar="T", help="Those with this tag.")(made)
 
 
 def selection_options(command: Any) -> Any:
-    """Ids, or --tag and --queue."""
+    """The same, and ids."""
     return ids_argument(tag_and_queue(command))
 
 
@@ -4050,10 +4055,10 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
               metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
 @json_option
 @with_store
-def list_jobs(home: Home, store: Store, state: str | None, queue: str | None, tag: str | None, limit: int | None,
-              sort: str, as_json: bool) -> None:  # fmt: skip
+def list_jobs(home: Home, store: Store, which: Selection, state: str | None, limit: int | None, sort: str,
+              as_json: bool) -> None:  # fmt: skip
     """Show jobs, in the order of enqueueing unless --sort says otherwise."""
-    show_jobs(home, store, Selection(tag=tag, queue=queue), [state] if state else [], limit, as_json, sort)
+    show_jobs(home, store, which, [state] if state else [], limit, as_json, sort)
 
 
 def show_jobs(home: Home, store: Store, where: Selection, states: Sequence[str], limit: int | None, as_json: bool,
@@ -4112,11 +4117,9 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
 @json_option
 @with_store
-def wait(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, timeout: str | None,
-         as_json: bool) -> int:  # fmt: skip
+def wait(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
-    some = bool(ids or tag or queue)
-    seqs = [job.seq for job in some_of(store.chosen(Selection(ids, tag, queue)))] if some else None
+    seqs = None if which == Selection() else [job.seq for job in some_of(store.chosen(which))]
     counts = store.counts() if seqs is None else store.states_of(seqs)
     timeout_s = option_duration("--timeout", timeout)
     with progress_to(sum(counts.values())) as progress:
@@ -4189,9 +4192,9 @@ def progress_to(total: int) -> Iterator[Callable[[int], object]]:
 @selection_options
 @json_option
 @with_store
-def cancel(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool) -> None:
+def cancel(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let waiting jobs never run, and end those that do."""
-    say_done(cancel_jobs(home, store, Selection(ids, tag, queue)), "cancelled", as_json)
+    say_done(cancel_jobs(home, store, which), "cancelled", as_json)
 
 
 @cli.command(cls=TypedCommand)
@@ -4201,16 +4204,16 @@ def cancel(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue:
               metavar="FIELD", help="As if nothing had been said of it; may be repeated.")  # fmt: skip
 @json_option
 @with_store
-def edit(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, clear: Sequence[str],
-         as_json: bool, **options: Any) -> None:  # fmt: skip
+def edit(home: Home, store: Store, which: Selection, clear: Sequence[str], as_json: bool, **options: Any) -> None:
     """Change waiting jobs; a command behind -- replaces theirs.
 
     With ids, --queue and --tag are new values; without, they choose the jobs.
     """
-    if ids:
-        options |= {"tag": tag, "queue": queue}
+    if which.ids:
+        options |= {"tag": which.tag, "queue": which.queue}
+        which = Selection(which.ids)
     spec = changes_given(click.get_current_context().meta.get("typed"), options, clear)
-    done = store.edit(Selection(ids) if ids else Selection((), tag, queue), spec, now_ms())
+    done = store.edit(which, spec, now_ms())
     wake_one(home, store)
     say_done(done, "edited", as_json)
 
@@ -4243,9 +4246,9 @@ all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N.")
 @json_option
 @with_store
-def dlq_list(home: Home, store: Store, queue: str | None, tag: str | None, limit: int | None, as_json: bool) -> None:
+def dlq_list(home: Home, store: Store, which: Selection, limit: int | None, as_json: bool) -> None:
     """Show dead jobs."""
-    show_jobs(home, store, Selection(tag=tag, queue=queue), [State.DEAD.value], limit, as_json)
+    show_jobs(home, store, which, [State.DEAD], limit, as_json)
 
 
 @dlq.command("retry")
@@ -4253,10 +4256,9 @@ def dlq_list(home: Home, store: Store, queue: str | None, tag: str | None, limit
 @all_option
 @json_option
 @with_store
-def dlq_retry(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, every: bool,
-              as_json: bool) -> None:  # fmt: skip
+def dlq_retry(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Put dead jobs back to pending, with no attempts made."""
-    done = store.retry_dead(Selection(ids, tag, queue, every), now_ms())
+    done = store.retry_dead(which, now_ms())
     wake_one(home, store)
     say_done(done, "pending again", as_json)
 
@@ -4266,10 +4268,9 @@ def dlq_retry(home: Home, store: Store, ids: Sequence[str], tag: str | None, que
 @all_option
 @json_option
 @with_store
-def dlq_purge(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, every: bool,
-              as_json: bool) -> None:  # fmt: skip
+def dlq_purge(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Remove dead jobs and their logs for good."""
-    done = store.purge_dead(Selection(ids, tag, queue, every))
+    done = store.purge_dead(which)
     for id in done:
         remove_file(home.log(id))
     say_done(done, "purged", as_json)
@@ -4287,18 +4288,18 @@ def say_done(ids: Sequence[str], what: str, as_json: bool) -> None:
 @selection_options
 @json_option
 @with_store
-def hold(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool) -> None:
+def hold(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Keep waiting jobs from starting until `release`."""
-    say_done(store.set_hold(Selection(ids, tag, queue), True, now_ms()), "on hold", as_json)
+    say_done(store.set_hold(which, True, now_ms()), "on hold", as_json)
 
 
 @cli.command()
 @selection_options
 @json_option
 @with_store
-def release(home: Home, store: Store, ids: Sequence[str], tag: str | None, queue: str | None, as_json: bool) -> None:
+def release(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let jobs on hold go."""
-    done = store.set_hold(Selection(ids, tag, queue), False, now_ms())
+    done = store.set_hold(which, False, now_ms())
     wake_one(home, store)
     say_done(done, "released", as_json)
 

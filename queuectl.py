@@ -125,7 +125,8 @@ class State(str, enum.Enum):
 
 WAITING = (State.PENDING, State.FAILED)
 OPEN = (*WAITING, State.PROCESSING)
-ENDED = (State.COMPLETED, State.DEAD, State.CANCELLED)
+HOPELESS = (State.DEAD, State.CANCELLED)  # what waits for such a job can never run
+ENDED = (State.COMPLETED, *HOPELESS)
 
 
 class Job(NamedTuple):
@@ -1127,7 +1128,7 @@ class Store:
                 raise BadInput(f"job {child} cannot wait for {parent}, which waits for it")
             self._change("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=job.seq, child=seq)
         for parent in parents:
-            if self.get(parent).state in (State.DEAD, State.CANCELLED):
+            if self.get(parent).state in HOPELESS:
                 self._doom(self.get(parent), now)
 
     def _doom(self, parent: Job, now: int) -> None:
@@ -1186,7 +1187,7 @@ class Store:
                 asked = not job.cancelling and self._is_cancelling(job)
                 return self.finish(job._replace(cancelling=True), outcome, settings, now, chance) if asked else None
             self._keep_attempt(job, outcome, now)
-            if verdict.state in (State.DEAD, State.CANCELLED):
+            if verdict.state in HOPELESS:
                 self._doom(job._replace(state=verdict.state), now)
         return verdict.state
 
@@ -1245,14 +1246,6 @@ class Store:
             tag=where.tag, queue=where.queue, limit=-1 if limit is None else limit,
         )  # fmt: skip
         return [job_from_row(row) for row in rows]
-
-    def states_of(self, seqs: Sequence[int]) -> dict[State, int]:
-        """How many of these jobs are in each state; one that was removed is in none."""
-        rows = self._all(
-            """SELECT state, count(*) FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)) GROUP BY state""",
-            seqs=_to_json(seqs),
-        )
-        return {State(state): n for state, n in rows}
 
     def not_completed(self, seqs: Sequence[int] | None, limit: int) -> list[Job]:
         """The first of these jobs, with None of all, that ended otherwise."""
@@ -1548,10 +1541,12 @@ class Store:
 
     # ---- looking
 
-    def counts(self) -> dict[State, int]:
-        """How many jobs are in each state; costs the same however many there are."""
-        found = dict(self._all("SELECT state, sum(n) FROM counts GROUP BY state"))
-        return {state: found.get(state.value, 0) for state in State}
+    def counts(self, seqs: Sequence[int] | None = None) -> dict[State, int]:
+        """How many of these jobs are in each state, or with None of all: that costs the same however many there are."""
+        these = "(SELECT state, 1 AS n FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)))"
+        source = "counts" if seqs is None else these
+        rows = self._all(f"SELECT state, sum(n) FROM {source} GROUP BY state", seqs=_to_json(seqs or ()))
+        return dict.fromkeys(State, 0) | {State(state): n for state, n in rows}
 
     def history(self, job: Job) -> list[Attempt]:
         """The attempts of a job that have ended, oldest first."""
@@ -3295,7 +3290,7 @@ def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
         if not ring(home, worker):
             recover(home, store, worker, store.settings(), now_ms())
     seqs = [job.seq for job in chosen]
-    while State.PROCESSING in store.states_of(seqs) and any(is_alive(home, worker) for worker in holders):
+    while store.counts(seqs)[State.PROCESSING] and any(is_alive(home, worker) for worker in holders):
         time.sleep(WAIT_LOOK_S)
     return [job.id for job in chosen if store.get(job.id).state is State.CANCELLED]
 
@@ -3313,11 +3308,10 @@ def wait_for_jobs(
     while True:
         version = store.version_seen()
         if version != seen:
-            found = store.counts() if seqs is None else store.states_of(seqs)
-            seen = version
-            progress(sum(found.get(state, 0) for state in ENDED))
-            if not any(found.get(state, 0) for state in OPEN):
-                return found
+            counts, seen = store.counts(seqs), version
+            progress(sum(counts[state] for state in ENDED))
+            if not any(counts[state] for state in OPEN):
+                return counts
         if time.monotonic() >= deadline:
             return None
         look()
@@ -3705,6 +3699,13 @@ def exit_code_of(job: Job, last: Attempt | None) -> int:
     return job.exit_code or 1
 
 
+def exit_code_of_all(counts: Mapping[State, int] | None) -> int:
+    """The same for several jobs: 0 where all completed; None is what a wait gives at its time-out."""
+    if counts is None:
+        return EX_TIMED_OUT
+    return int(any(counts[state] for state in HOPELESS))
+
+
 def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
     """Where the output of an attempt begins and ends in the log, or with None all of it."""
     if number is None:
@@ -3911,7 +3912,8 @@ def see_through(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) ->
     look = Lookout(home, store, seqs)
     if len(jobs) != 1:
         found = wait_for_jobs(store, seqs, math.inf, lambda _: None, look)
-        return exit_code_of_all(store, seqs, found or {})
+        name_failures(store, seqs, found)
+        return exit_code_of_all(found)
     job = follow_log(store, home.log(jobs[0].id), jobs[0], (lambda _: None) if is_quiet else write_out, look)
     last = next(reversed(store.history(job)), None)
     if job.error and (last is None or last.ended_by != End.EXITED.value or last.signal):
@@ -4120,23 +4122,23 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
 def wait(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
     seqs = None if which == Selection() else [job.seq for job in some_of(store.chosen(which))]
-    counts = store.counts() if seqs is None else store.states_of(seqs)
+    counts = store.counts(seqs)
     timeout_s = option_duration("--timeout", timeout)
     with progress_to(sum(counts.values())) as progress:
         found = wait_for_jobs(store, seqs, timeout_s, progress, Lookout(home, store, seqs))
     if as_json:
-        say_json({state.value: (found or {}).get(state, 0) for state in ENDED} | {"timed_out": found is None})
-    return EX_TIMED_OUT if found is None else exit_code_of_all(store, seqs, found)
+        say_json({state.value: found[state] if found else 0 for state in ENDED} | {"timed_out": found is None})
+    name_failures(store, seqs, found)
+    return exit_code_of_all(found)
 
 
-def exit_code_of_all(store: Store, seqs: Sequence[int] | None, found: Mapping[State, int]) -> int:
-    """0 where all of these jobs have completed, 1 where some have not, which are named."""
-    failed = found.get(State.DEAD, 0) + found.get(State.CANCELLED, 0)
-    if failed:
+def name_failures(store: Store, seqs: Sequence[int] | None, counts: Mapping[State, int] | None) -> None:
+    """Name some of these jobs, with None of all, that have ended and not completed."""
+    failed = sum(counts[state] for state in HOPELESS) if counts else 0
+    if counts and failed:
         named = store.not_completed(seqs, 3)
         more = ", ..." if failed > len(named) else ""
-        say_aside(f"{failed} of {sum(found.values())} did not complete: {', '.join(map(how_ended, named))}{more}")
-    return int(failed > 0)
+        say_aside(f"{failed} of {sum(counts.values())} did not complete: {', '.join(map(how_ended, named))}{more}")
 
 
 def some_of(jobs: list[Job]) -> list[Job]:

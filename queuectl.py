@@ -3803,6 +3803,19 @@ def say_json(document: Any) -> None:
     click.echo(json.dumps(document))
 
 
+def answer(as_json: bool, document: Any, lines: Iterable[str]) -> None:
+    """Print the document for a program, or the lines for a person."""
+    if as_json:
+        say_json(document)
+    else:
+        say(lines)
+
+
+def number_of(count: int, what: str) -> str:
+    """`1 job`, `2 jobs`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def refuse_both(one: str | bool, other: str | bool) -> None:
     """BadInput where two options were given that exclude each other."""
     if one and other:
@@ -3976,10 +3989,7 @@ def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: boo
         refuse_several(count)
         return serve(home, queues, drain, echo=True)
     started = start_workers(home, count, queues, drain)
-    if as_json:
-        say_json([{"id": worker} for worker in started])
-    else:
-        say(f"worker {worker} started" for worker in started)
+    answer(as_json, [{"id": worker} for worker in started], (f"worker {worker} started" for worker in started))
 
 
 def check_queues(queues: Sequence[str]) -> None:
@@ -4005,10 +4015,7 @@ def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_jso
     told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
     if left:
         raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
-    if as_json:
-        say_json([{"id": worker} for worker in told])
-    else:
-        say([f"{len(told)} worker{'s' * (len(told) != 1)} stopped"])
+    answer(as_json, [{"id": worker} for worker in told], [f"{number_of(len(told), 'worker')} stopped"])
     return 0
 
 
@@ -4018,10 +4025,7 @@ def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_jso
 def worker_list(home: Home, store: Store, as_json: bool) -> None:
     """Show the workers that run."""
     rows = living_workers(home, store)
-    if as_json:
-        say_json([worker_json(row) for row in rows])
-    else:
-        say(worker_lines(rows, now_ms(), width()))
+    answer(as_json, [worker_json(row) for row in rows], worker_lines(rows, now_ms(), width()))
 
 
 @cli.command()
@@ -4280,10 +4284,7 @@ def dlq_purge(home: Home, store: Store, which: Selection, as_json: bool) -> None
 
 def say_done(ids: Sequence[str], what: str, as_json: bool) -> None:
     """Print what has become of some jobs."""
-    if as_json:
-        say_json([{"id": id} for id in ids])
-    else:
-        say([f"{id} {what}" for id in ids] or ["no such jobs"])
+    answer(as_json, [{"id": id} for id in ids], [f"{id} {what}" for id in ids] or ["no such jobs"])
 
 
 @cli.command()
@@ -4316,10 +4317,8 @@ def queue_group() -> None:
 @with_store
 def queue_list(home: Home, store: Store, as_json: bool) -> None:
     """Show how many jobs each queue holds."""
-    if as_json:
-        say_json([queue_json(row) for row in store.queues()])
-    else:
-        say(queue_lines(store.queues(), width()))
+    rows = store.queues()
+    answer(as_json, [queue_json(row) for row in rows], queue_lines(rows, width()))
 
 
 @queue_group.command("pause")
@@ -4390,10 +4389,7 @@ def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_
         for id in () if dry_run else ids:
             remove_file(home.log(id))
     what = "would be removed" if dry_run else "removed"
-    if as_json:
-        say_json({"removed": removed, "dry_run": dry_run})
-    else:
-        say([f"{removed} job{'s' * (removed != 1)} {what}"])
+    answer(as_json, {"removed": removed, "dry_run": dry_run}, [f"{number_of(removed, 'job')} {what}"])
 
 
 @cli.command()
@@ -4415,11 +4411,8 @@ def config() -> None:
 def config_list(home: Home, store: Store, as_json: bool) -> None:
     """Show every key, its value and what it means."""
     values = store.settings()._asdict()
-    if as_json:
-        say_json(values)
-    else:
-        rows = [[key, printable(plain(value)), SETTINGS[key].help] for key, value in values.items()]
-        say(table(("KEY", "VALUE", "MEANING"), rows, width()))
+    rows = [[key, printable(plain(value)), SETTINGS[key].help] for key, value in values.items()]
+    answer(as_json, values, table(("KEY", "VALUE", "MEANING"), rows, width()))
 
 
 @config.command("get")
@@ -4460,10 +4453,7 @@ def config_unset(home: Home, store: Store, key: str, as_json: bool) -> None:
 def say_setting(store: Store, key: str, as_json: bool) -> None:
     """Print a key and the value that is in force."""
     value = getattr(store.settings(), key)
-    if as_json:
-        say_json({key: value})
-    else:
-        say([f"{key} = {plain(value)}"])
+    answer(as_json, {key: value}, [f"{key} = {plain(value)}"])
 
 
 @cli.command()
@@ -4475,11 +4465,8 @@ def doctor(home: Home, store: Store, repair: bool, as_json: bool) -> int:
     if repair:
         mend(home, store)
     found = list(findings(home, store))
-    if as_json:
-        say_json({"ok": not found, "problems": found})
-    else:
-        say([f"SQLite {sqlite_version()}, {free_bytes(home.path) >> 20} MiB free in {home.path}"])
-        say(found or ["all is well"])
+    surroundings = f"SQLite {sqlite_version()}, {free_bytes(home.path) >> 20} MiB free in {home.path}"
+    answer(as_json, {"ok": not found, "problems": found}, [surroundings, *(found or ["all is well"])])
     return int(bool(found))
 
 
@@ -4519,10 +4506,8 @@ def backup(home: Home, store: Store, file: str, restore: bool, as_json: bool) ->
     else:
         save(store, file)
     count = sum(store.counts().values())
-    if as_json:
-        say_json({"file": file, "jobs": count})
-    else:
-        say([f"{'restored from' if restore else 'saved to'} {file}: {count} job{'s' * (count != 1)}"])
+    done = f"{'restored from' if restore else 'saved to'} {file}: {number_of(count, 'job')}"
+    answer(as_json, {"file": file, "jobs": count}, [done])
 
 
 def save(store: Store, file: str) -> None:
@@ -4550,10 +4535,7 @@ def metrics(home: Home, store: Store, prometheus: bool, as_json: bool) -> None:
         say(prometheus_lines(store.queues(), living_workers(home, store), store.tallies()))
         return
     found = metrics_json(store.counts(), store.times(), store.tallies())
-    if as_json:
-        say_json(found)
-    else:
-        say(shown_here(metrics_lines(found)))
+    answer(as_json, found, shown_here(metrics_lines(found)))
 
 
 def shown_here(lines: Iterable[str]) -> Iterator[str]:

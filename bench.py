@@ -312,7 +312,7 @@ class Exchanges:
         self._store = q.Store(home.database, durable=False)
         self._worker = self._store.register(
             os.getpid(), "bench", None, False, q.now_ms(), open_bell=lambda worker: None, is_alive=lambda worker: True
-        ).id
+        )[0].id
         self._job = self._store.claim(self._worker, None, q.now_ms())
 
     def time_one(self) -> float:

@@ -174,6 +174,7 @@ class Job(NamedTuple):
 COLUMNS = Job._fields
 JSON_COLUMNS = ("command", "env", "after", "ok_codes", "no_retry_codes")
 _JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
+_FLAG_PLACES = tuple(COLUMNS.index(name) for name in ("hold", "snooze", "cancelling"))
 _STATE_PLACE = COLUMNS.index("state")
 _from_json = json.JSONDecoder().raw_decode  # json.loads would look for blanks at both ends
 
@@ -184,6 +185,8 @@ def job_from_row(row: Sequence[Any]) -> Job:
     for place in _JSON_PLACES:
         if values[place] is not None:
             values[place], _ = _from_json(values[place])
+    for place in _FLAG_PLACES:
+        values[place] = bool(values[place])
     values[_STATE_PLACE] = State(values[_STATE_PLACE])
     return Job._make(values)
 
@@ -501,7 +504,7 @@ def iso_time(ms: int | None) -> str | None:
 def job_json(job: Job) -> dict[str, Any]:
     """A job as JSON shows it."""
     shown = {name: getattr(job, name) for name in FIELDS if name != "delay"}
-    shown |= {"delay": None, "run_at": iso_time(job.run_at), "hold": bool(job.hold), "snooze": bool(job.snooze)}
+    shown |= {"delay": None, "run_at": iso_time(job.run_at)}
     shown |= {"state": job.state.value, "attempts": job.attempts}
     for name in ("created_at", "updated_at", "started_at", "finished_at"):
         shown[name] = iso_time(getattr(job, name))
@@ -607,11 +610,17 @@ class Verdict(NamedTuple):
     due_at: int | None = None
 
 
+def settings_for(job: Job, settings: Settings) -> Settings:
+    """What holds for a job: what it says itself, and of the rest what the settings say."""
+    own: dict[str, Any]
+    own = {"max_retries": job.max_retries, "job_timeout": job.timeout, "backoff_base": job.backoff_base}
+    return settings._replace(**{key: value for key, value in own.items() if value is not None})
+
+
 def backoff_s(job: Job, settings: Settings, chance: float) -> float:
     """Seconds to wait after failed attempt n: base ** n, capped, plus a random part (chance is 0 to 1)."""
-    base = job.backoff_base if job.backoff_base is not None else settings.backoff_base
     try:
-        delay = base**job.attempts
+        delay = settings.backoff_base**job.attempts
     except OverflowError:
         delay = math.inf
     delay = min(delay, settings.backoff_max or math.inf, MAX_DELAY_S)
@@ -623,7 +632,7 @@ def judge(job: Job, outcome: Outcome, settings: Settings, now: int, chance: floa
     code = outcome.exit_code
     if outcome.end is End.EXITED and (code == 0 or code in (job.ok_codes or ())):
         return Verdict(State.COMPLETED, job.attempts)
-    retries = job.max_retries if job.max_retries is not None else settings.max_retries
+    settings = settings_for(job, settings)
     later = now + round(backoff_s(job, settings, chance) * 1000)
     if job.cancelling:
         return Verdict(State.CANCELLED, job.attempts)
@@ -632,7 +641,7 @@ def judge(job: Job, outcome: Outcome, settings: Settings, now: int, chance: floa
     if outcome.end is End.EXITED and code == EX_TEMPFAIL and job.snooze:
         return Verdict(State.PENDING, job.attempts - 1, later)
     final = code in (job.no_retry_codes or ()) or (outcome.end is End.LOST and job.on_lost == "dead")
-    if final or job.attempts > retries:
+    if final or job.attempts > settings.max_retries:
         return Verdict(State.DEAD, job.attempts)
     return Verdict(State.FAILED, job.attempts, None if outcome.end is End.LOST else later)
 
@@ -1445,9 +1454,11 @@ class Store:
 
     # ---- workers
 
-    def register(self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
-                 open_bell: Callable[[int], object], is_alive: Callable[[int], bool]) -> WorkerRow:  # fmt: skip
-        """A row and the lowest free slot for a new worker, whose bell hangs before anybody can see it."""
+    def register(
+        self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
+        open_bell: Callable[[int], _Result], is_alive: Callable[[int], bool],
+    ) -> tuple[WorkerRow, _Result]:  # fmt: skip
+        """A new worker's row, with the lowest free slot, and its bell, which hangs before anybody can see the row."""
         with self.writing():
             taken = {row.slot for row in self.workers() if is_alive(row.id)}
             slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
@@ -1456,8 +1467,8 @@ class Store:
                 VALUES (:pid, :host, :slot, :queues, :drain, :now) RETURNING id""",
                 pid=pid, host=host, slot=slot, queues=_to_json(queues) if queues else None, drain=drain, now=now,
             )  # fmt: skip
-            open_bell(row[0])
-            return next(worker for worker in self.workers() if worker.id == row[0])
+            bell = open_bell(row[0])
+            return next(worker for worker in self.workers() if worker.id == row[0]), bell
 
     def unregister(self, worker: int) -> None:
         """A worker has left, or what it left behind has been put in order."""
@@ -2769,8 +2780,9 @@ class JobLog:
     first look of `tend`, or at the end where it cannot serve the next job.
     """
 
-    def __init__(self, path: str, attempt: int, spool: Spool | None) -> None:
+    def __init__(self, path: str, attempt: int, spool: Spool | None, limit: int) -> None:
         self._path, self._spool = path, None if os.access(path, os.F_OK) else spool
+        self._limit = limit  # bytes, 0 for none
         self.at = self._spool.path if self._spool else path  # what the command is to write to
         self.trouble: str | None = None  # why what was written is lost
         self._noted = 0  # bytes beyond the limit that say so
@@ -2788,14 +2800,14 @@ class JobLog:
         with contextlib.suppress(OSError), os.fdopen(open_log(self.at), "ab") as file:
             file.write(text.encode())
 
-    def tend(self, limit: int) -> None:
-        """See that it is in its place, and drop what was written beyond a number of bytes; 0 for no limit."""
+    def tend(self) -> None:
+        """See that it is in its place, and drop what was written beyond the limit."""
         if self.at != self._path:
             self._take_place()
-        note = f"\n--- output beyond {limit} bytes is dropped (config log_max_bytes) ---\n"
-        if limit and self._size() > limit + self._noted:
+        note = f"\n--- output beyond {self._limit} bytes is dropped (config log_max_bytes) ---\n"
+        if self._limit and self._size() > self._limit + self._noted:
             with contextlib.suppress(OSError):
-                os.truncate(self.at, limit)
+                os.truncate(self.at, self._limit)
                 self._write(note)
                 self._noted = len(note)
 
@@ -2806,12 +2818,12 @@ class JobLog:
         except OSError as error:
             self.trouble = f"its output is lost: {error.strerror}"
 
-    def close(self, limit: int) -> int:
+    def close(self) -> int:
         """Let go of it, with no more in it than the limit; where it ends."""
         if self._spool and self.at != self._path and self._spool.give_back(self._fd):
             self.trouble = None  # nothing was written that could be lost
             return 0
-        self.tend(limit)
+        self.tend()
         end = self._size()
         os.close(self._fd)
         if self.trouble:  # what the attempt left running may still write to it: not for the next job
@@ -2857,50 +2869,47 @@ def run_attempt(
     interrupted: Callable[[bool], End | None],
 ) -> Outcome:  # fmt: skip
     """Run a job's command once, from start to outcome; `interrupted` says why it must end early."""
+    settings = settings_for(job, settings)
     try:
-        log = JobLog(log_path, job.attempts, spool)
+        log = JobLog(log_path, job.attempts, spool, settings.log_max_bytes)
     except OSError as error:
         return Outcome(End.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
     try:
         process = Process(job.command, job.cwd, env, log.at, mark)
     except (OSError, ValueError) as error:
-        log.close(0)
+        log.close()
         return start_failure(error, job)
     try:
-        end, exit = _watch(process, log, job, settings, bell, interrupted)
+        end, exit = _watch(process, log, settings, bell, interrupted)
     finally:
         process.close()
-        log_end = log.close(settings.log_max_bytes)
-    wrong = "; ".join(filter(None, (_error_of(end, exit, job, settings), log.trouble)))
+        log_end = log.close()
+    wrong = "; ".join(filter(None, (_error_of(end, exit, job.ok_codes, settings), log.trouble)))
     return Outcome(end, exit.exit_code if end is End.EXITED else None, exit.signal, wrong or None,
                    exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
 
 
-def _error_of(end: End, exit: Exit, job: Job, settings: Settings) -> str | None:
+def _error_of(end: End, exit: Exit, ok_codes: Sequence[int] | None, settings: Settings) -> str | None:
     if end is End.EXITED:
-        return None if exit.exit_code in (job.ok_codes or ()) else describe(exit)
+        return None if exit.exit_code in (ok_codes or ()) else describe(exit)
     if end is End.TIMED_OUT:
-        limit = f"{_time_limit(job, settings):g} s"
+        limit = f"{settings.job_timeout:g} s"
         return f"timed out after {limit}; raise it with --timeout, or for all with `queuectl config set job_timeout`"
     return "cancelled" if end is End.CANCELLED else "given back: its worker was told to leave"
 
 
-def _time_limit(job: Job, settings: Settings) -> float:
-    return settings.job_timeout if job.timeout is None else job.timeout
-
-
 def _watch(
-    process: Process, log: JobLog, job: Job, settings: Settings, bell: Bell, interrupted: Callable[[bool], End | None]
+    process: Process, log: JobLog, settings: Settings, bell: Bell, interrupted: Callable[[bool], End | None]
 ) -> tuple[End, Exit]:
     """Wait for a command's end, and bring it about where it must come early."""
-    left_s = _time_limit(job, settings) or math.inf
+    left_s = settings.job_timeout or math.inf
     deadline = time.monotonic() + left_s
     end = End.EXITED
     while True:
         rung = bell.wait(min(LOOK_S, left_s), process)
         if exit := process.poll():
             return end, exit
-        log.tend(settings.log_max_bytes)
+        log.tend()
         left_s = deadline - time.monotonic()
         if why := End.TIMED_OUT if left_s <= 0 else interrupted(rung):
             end, left_s = why, LOOK_S
@@ -3208,18 +3217,17 @@ def wake_one(home: Home, store: Store) -> None:
 
 def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) -> None:
     """Be a worker until told to leave; says one line when it is up."""
-    bells: list[Bell] = []
     # The bell is the last to go: who waits for a worker to leave may then remove its home.
     with contextlib.ExitStack() as last, Store(home.database, durable=False) as store:
-        row = store.register(
+        row, bell = store.register(
             own_pid(), host_name(), list(queues) or None, drain, now_ms(),
-            open_bell=lambda worker: bells.append(last.enter_context(contextlib.closing(Bell(home, worker)))),
+            open_bell=lambda worker: last.enter_context(contextlib.closing(Bell(home, worker))),
             is_alive=functools.partial(is_alive, home),
         )  # fmt: skip
         remove_file(home.spool(row.id))  # that of a worker of this id in an earlier queue: something may write to it
         store.patience_s = WORKER_PATIENCE_S  # from here on there is more to do than to wait
         say = worker_voice(home, row, echo)
-        worker = Worker(home, store, row, bells[0], say)
+        worker = Worker(home, store, row, bell, say)
         become_worker(worker.leave)
         print(f"worker {row.id} is up (pid {row.pid}, slot {row.slot})", flush=True)  # first: somebody waits for it
         say(f"started, pid {row.pid}, slot {row.slot}")
@@ -3474,8 +3482,7 @@ def show_lines(job: Job, history: Sequence[Attempt], reason: tuple[str | None, s
         yield f"try        {reason[1]}"
     if job.error:
         yield f"error      {printable(job.error)}"
-    retries = settings.max_retries if job.max_retries is None else job.max_retries
-    yield f"attempts   {job.attempts} of at most {retries + 1}"
+    yield f"attempts   {job.attempts} of at most {settings_for(job, settings).max_retries + 1}"
     for name in FIELDS:
         if name not in ("id", "command", "max_retries", "run_at", "delay", "env") and getattr(job, name):
             yield f"{name:10} {printable(plain(getattr(job, name)))}"

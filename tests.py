@@ -225,7 +225,7 @@ class Home:
 
     def worker_row(self, pid: int = 0) -> int:
         """Register a worker that is not there."""
-        return self.store.register(pid, "host", None, False, q.now_ms(), lambda _: None, lambda _: True).id
+        return self.store.register(pid, "host", None, False, q.now_ms(), lambda _: None, lambda _: True)[0].id
 
     def claim(self, worker: int, now: int | None = None) -> q.Job:
         """Claim a job for a worker; there must be one."""
@@ -578,7 +578,8 @@ def test_backoff_is_base_to_the_power_of_the_attempt() -> None:
     """After failed attempt n a job waits exactly base ** n, with the base of the job or else the setting."""
     waits = [q.backoff_s(a_job(attempts=n), q.Settings(), 0.9) for n in (1, 2, 3, 10)]
     same(waits, [2, 4, 8, 1024])
-    same(q.backoff_s(a_job(attempts=2, backoff_base=0.3), q.Settings(), 0.9), 0.3**2)
+    job = a_job(attempts=2, backoff_base=0.3)
+    same(q.backoff_s(job, q.settings_for(job, q.Settings()), 0.9), 0.3**2)
     same(q.backoff_s(a_job(attempts=3), q.Settings(backoff_base=5), 0.9), 125)
 
 
@@ -1232,8 +1233,8 @@ def let_go(fd):
     open(home.spool(7), "w").write("late")
     return False
 q.is_open_elsewhere = let_go
-log = q.JobLog(home.log("a"), 1, q.Spool(home.spool(7)))
-log.close(0)"""
+log = q.JobLog(home.log("a"), 1, q.Spool(home.spool(7)), 0)
+log.close()"""
     same(finished(child(home, "home = q.open_home()" + late)).err, "")
     same((home.log("a"), os.path.exists(home.home.spool(7))), (b"late", False))
 
@@ -4564,7 +4565,7 @@ def store_machine() -> Any:
         @rule(queues=st.none() | st.lists(st.sampled_from(QUEUES), min_size=1, unique=True))
         def register(self, queues: list[str] | None) -> None:
             free = min(set(range(1, len(self.slots) + 2)) - set(self.slots.values()))
-            row = self.store.register(1, "h", queues, False, self.now, lambda _: None, self.slots.__contains__)
+            row, _ = self.store.register(1, "h", queues, False, self.now, lambda _: None, self.slots.__contains__)
             same((row.slot, row.queues), (free, queues))
             self.workers[row.id], self.slots[row.id] = queues, free
 

@@ -129,6 +129,17 @@ HOPELESS = (State.DEAD, State.CANCELLED)  # what waits for such a job can never 
 ENDED = (State.COMPLETED, *HOPELESS)
 
 
+class End(enum.Enum):
+    """What brought an attempt to its end."""
+
+    EXITED = "exited"  # its command, by itself or by somebody else's signal
+    NOT_STARTED = "not started"  # there was nothing to run
+    TIMED_OUT = "timed out"
+    LOST = "lost"  # its worker died
+    GIVEN_BACK = "given back"  # its worker was told to leave at once
+    CANCELLED = "cancelled"
+
+
 class Job(NamedTuple):
     """One row of `jobs`, in the order of its columns. Moments are milliseconds since 1970, UTC."""
 
@@ -206,6 +217,19 @@ class Attempt(NamedTuple):
     cpu_s: float | None
     log_start: int | None  # where its output begins and ends in the log, bytes
     log_end: int | None
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended."""
+
+    end: End
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    max_rss: int | None = None  # bytes
+    cpu_s: float | None = None
+    log_start: int | None = None
+    log_end: int | None = None
 
 
 Spec = dict[str, Any]  # the fields of a job to be, checked; Store._as_columns makes columns of them
@@ -578,30 +602,6 @@ def parse_setting(name: str, text: str) -> Any:
         raise BadInput(f"{key} {error}") from None
 
 
-class End(enum.Enum):
-    """What brought an attempt to its end."""
-
-    EXITED = "exited"  # its command, by itself or by somebody else's signal
-    NOT_STARTED = "not started"  # there was nothing to run
-    TIMED_OUT = "timed out"
-    LOST = "lost"  # its worker died
-    GIVEN_BACK = "given back"  # its worker was told to leave at once
-    CANCELLED = "cancelled"
-
-
-class Outcome(NamedTuple):
-    """How an attempt ended."""
-
-    end: End
-    exit_code: int | None = None
-    signal: int | None = None
-    error: str | None = None
-    max_rss: int | None = None  # bytes
-    cpu_s: float | None = None
-    log_start: int | None = None
-    log_end: int | None = None
-
-
 class Verdict(NamedTuple):
     """What becomes of a job after an attempt."""
 
@@ -949,18 +949,18 @@ class Store:
 
     def _bring_up(self) -> None:
         """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
-        if self._version() == len(MIGRATIONS):
+        if self._schema_version() == len(MIGRATIONS):
             return
         self._change(f"PRAGMA page_size = {PAGE_BYTES}")
         if self._one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
         with self.writing():  # two processes may be here at once: look again inside
-            for _, statements in MIGRATIONS[self._version() :]:
+            for _, statements in MIGRATIONS[self._schema_version() :]:
                 for statement in statements:
                     self._change(statement)
             self._change(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
-    def _version(self) -> int:
+    def _schema_version(self) -> int:
         """The schema's version; StoreError where it is newer than this file, or not ours."""
         version, application, has_tables = self._one(  # in one statement: another may be making them
             """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master)
@@ -1023,7 +1023,7 @@ class Store:
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
 
-    def version_seen(self) -> int:
+    def commits_seen(self) -> int:
         """A number that changes whenever another process has committed."""
         return int(self._one("PRAGMA data_version")[0])
 
@@ -1071,6 +1071,17 @@ class Store:
             self._insert_many(
                 f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
             )
+
+    @staticmethod
+    def _as_columns(spec: Spec, now: int) -> dict[str, Any]:
+        """The values of a spec as their columns hold them."""
+        values = {name: value for name, value in spec.items() if name != "delay"}
+        if "delay" in spec:
+            values["run_at"] = now + round(spec["delay"] * 1000)
+        for name in JSON_COLUMNS:
+            if values.get(name) is not None:
+                values[name] = _to_json(values[name])
+        return values
 
     def _land(self, last: int, now: int, skip_existing: bool) -> None:
         """Make jobs of what is staged; they are numbered from `last` on."""
@@ -1126,19 +1137,19 @@ class Store:
 
     def _wait_for(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
         """Let a job wait for others; it dies at once of one that can never complete."""
-        for parent in parents:
-            job = self.get(parent)
-            if job.seq == seq or self._one(
+        found = [self.get(parent) for parent in parents]
+        for parent in found:
+            if parent.seq == seq or self._one(
                 """WITH RECURSIVE below(seq) AS (SELECT :seq
                     UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
                 SELECT 1 FROM below WHERE seq = :parent""",
-                seq=seq, parent=job.seq,
+                seq=seq, parent=parent.seq,
             ):  # fmt: skip
-                raise BadInput(f"job {child} cannot wait for {parent}, which waits for it")
-            self._change("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=job.seq, child=seq)
-        for parent in parents:
-            if self.get(parent).state in HOPELESS:
-                self._doom(self.get(parent), now)
+                raise BadInput(f"job {child} cannot wait for {parent.id}, which waits for it")
+            self._change("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=parent.seq, child=seq)
+        for parent in found:
+            if parent.state in HOPELESS:
+                self._doom(parent, now)
 
     def _doom(self, parent: Job, now: int) -> None:
         """What waits for a job that will never complete is dead with it, all the way down."""
@@ -1217,7 +1228,16 @@ class Store:
     def next_due(self) -> int | None:
         """When the next job comes due."""
         row = self._one("SELECT min(due_at) FROM jobs WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0")
-        return row[0] if row else None
+        return cast("int | None", row[0])
+
+    def restart_backoffs(self, now: int) -> None:
+        """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
+        with self.writing():
+            self._change(
+                """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
+                    WHERE state = 'failed' AND updated_at > :now AND due_at > updated_at""",
+                now=now,
+            )
 
     def under_way(self, worker: int) -> list[Job]:
         """The attempts that a worker has not ended: one at the most."""
@@ -1355,17 +1375,6 @@ class Store:
                     self._wait_for(job.seq, job.id, spec["after"] or (), now)
         return [job.id for job in chosen]
 
-    @staticmethod
-    def _as_columns(spec: Spec, now: int) -> dict[str, Any]:
-        """The values of a spec as their columns hold them."""
-        values = {name: value for name, value in spec.items() if name != "delay"}
-        if "delay" in spec:
-            values["run_at"] = now + round(spec["delay"] * 1000)
-        for name in JSON_COLUMNS:
-            if values.get(name) is not None:
-                values[name] = _to_json(values[name])
-        return values
-
     def retry_dead(self, which: Selection, now: int) -> list[str]:
         """Dead jobs back to `pending` with no attempts made, and with them what died because of them.
 
@@ -1375,7 +1384,7 @@ class Store:
             chosen = self._choose(which, [State.DEAD], "retried")
             for job in chosen:
                 self._revive(job, now)
-            for parent in self._lost_parents():
+            for parent in self._hopeless_parents():
                 self._doom(parent, now)
             tried = [self.get(job.id) for job in chosen]
             for job in tried:
@@ -1399,7 +1408,7 @@ class Store:
         except sqlite3.IntegrityError:
             raise QueueError(f"job {job.id} cannot be retried: another of key {job.key!r} has not ended") from None
 
-    def _lost_parents(self) -> list[Job]:
+    def _hopeless_parents(self) -> list[Job]:
         """Jobs that will never complete while others wait for them."""
         rows = self._all(
             _SELECT
@@ -1586,10 +1595,6 @@ class Store:
         )  # fmt: skip
         return [row[0] for row in rows]
 
-    def paused(self) -> list[str]:
-        """The queues in which nothing new is started."""
-        return [row[0] for row in self._all("SELECT name FROM queues WHERE paused ORDER BY name")]
-
     def times(self, newest: int = 10_000) -> list[tuple[int, int, int]]:
         """When the newest completed jobs could first have run, their last start and their end."""
         return self._all(
@@ -1711,15 +1716,6 @@ class Store:
         values = {"table": table, "seq": seq}
         if not self._change("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
             self._change("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
-
-    def restart_backoffs(self, now: int) -> None:
-        """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
-        with self.writing():
-            self._change(
-                """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
-                    WHERE state = 'failed' AND updated_at > :now AND due_at > updated_at""",
-                now=now,
-            )
 
     # ---- config
 
@@ -2379,9 +2375,10 @@ else:
         frozen: set[_Identity] = set()
         while members := find():
             # Freeze first, until nobody new appears: what forks as fast as we kill cannot get away.
+            fresh = members - frozen
             for process in members:
-                _send(process, signal.SIGSTOP if members - frozen else signal.SIGKILL)
-            time.sleep(0 if members - frozen else 0.005)
+                _send(process, signal.SIGSTOP if fresh else signal.SIGKILL)
+            time.sleep(0 if fresh else 0.005)
             frozen |= members
             if time.monotonic() > asked_until + patience_s:
                 return False
@@ -2618,9 +2615,21 @@ def make_private_file(path: str) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
+def now_ms() -> int:
+    """The time of day in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
 def own_pid() -> int:
     """The id of this process."""
     return os.getpid()
+
+
+def host_name() -> str:
+    """The name of this machine."""
+    import socket
+
+    return socket.gethostname()
 
 
 def wants_colour() -> bool | None:
@@ -2702,6 +2711,18 @@ def tail_start(path: str, lines: int, end: int | None = None) -> int:
             return _start_of_last_lines(file, lines, file.seek(0, os.SEEK_END) if end is None else end)
     except FileNotFoundError:
         return 0
+
+
+def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
+    """Where the output of an attempt begins and ends in the log, or with None all of it."""
+    if number is None:
+        return 0, None
+    if job.state is State.PROCESSING and job.attempts == number:
+        return max((attempt.log_end or 0 for attempt in history), default=0), None
+    for attempt in reversed(history):
+        if attempt.number == number:
+            return attempt.log_start or 0, attempt.log_end or 0
+    raise NotFound(f"job {job.id} has no attempt {number}")
 
 
 def fold_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -2790,7 +2811,7 @@ class JobLog:
         self.start = self._size()
         if self.start:
             newline = "" if _ends_line(path) else "\n"
-            self._write(f"{newline}--- attempt {attempt}, {iso_time(round(time.time() * 1000))} ---\n")
+            self._write(f"{newline}--- attempt {attempt}, {iso_time(now_ms())} ---\n")
             self.start = self._size()
 
     def _size(self) -> int:
@@ -2949,11 +2970,6 @@ def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, 
 # ======================================================================== worker
 
 
-def now_ms() -> int:
-    """The time of day in milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
-
-
 class Worker:
     """One worker: it claims a job, runs it, records what came of it, and begins again.
 
@@ -2976,7 +2992,7 @@ class Worker:
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
         self._clock_ms = self._now() - time.monotonic() * 1000
-        self._version = -1  # of the database, when the last claim began
+        self._seen = -1  # of the database, when the last claim began
         self._look_at = self._tend_at = self._bury_at = 0.0  # by the monotonic clock
         self._memory_kills = 0
         self._complaint = ""
@@ -2993,11 +3009,11 @@ class Worker:
             while self._hooks:
                 self._run_hook(*self._hooks.pop(0))
             came_idle = report is None
-            job = self._keep_trying(functools.partial(self._exchange, report), report is not None)
+            job = self._keep_trying(functools.partial(self._exchange, report), matters=not came_idle)
             report = None
             if job:
                 if job.on_lost == "dead":  # not even a power cut may let it run twice
-                    self._keep_trying(self._store.sync, True)
+                    self._keep_trying(self._store.sync, matters=True)
                 if came_idle or job.after:  # what has just become ready may be more than one
                     self._pass_on()
                 report = job, self._attempt(job)
@@ -3010,7 +3026,7 @@ class Worker:
         self._turn.close()
         if self._spool:
             remove_file(self._spool.path)
-        self._keep_trying(functools.partial(self._store.unregister, self._row.id), True)
+        self._keep_trying(functools.partial(self._store.unregister, self._row.id), matters=True)
 
     # ---- claim and record
 
@@ -3019,7 +3035,7 @@ class Worker:
         now, store = self._now(), self._store
         ended: State | None = None
         if not report:
-            self._version = store.version_seen()
+            self._seen = store.commits_seen()
         with self._turn, store.writing():
             if report:
                 ended = store.finish(*report, self._settings, now, chance=_chance())
@@ -3061,7 +3077,7 @@ class Worker:
             except StoreError as error:
                 self._complain(str(error))
                 self._tend_if_time()
-                if self._signals > matters or self._is_homeless:
+                if self._signals >= (2 if matters else 1) or self._is_homeless:
                     raise
                 self._bell.wait(1.0)
             else:
@@ -3126,7 +3142,7 @@ class Worker:
             due = self._store.next_due()
             while not (self._signals or self._is_homeless):
                 left_s = LOOK_S if due is None else min(LOOK_S, (due - self._now()) / 1000)
-                if left_s <= 0 or self._bell.wait(left_s) or self._store.version_seen() != self._version:
+                if left_s <= 0 or self._bell.wait(left_s) or self._store.commits_seen() != self._seen:
                     return
                 self._tend_if_time()
         except StoreError as error:
@@ -3153,7 +3169,7 @@ class Worker:
         try:
             if clock_ms < self._clock_ms - 1000:
                 self._store.restart_backoffs(self._now())
-                self._version = -1  # what we commit ourselves is no news to our connection
+                self._seen = -1  # what we commit ourselves is no news to our connection
             self._clock_ms = clock_ms
             for worker in self._store.worker_ids():
                 if worker != self._row.id and not is_alive(self._home, worker) and time.monotonic() >= self._bury_at:
@@ -3171,7 +3187,7 @@ class Worker:
             self._say(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
             if hook := hook_for(state, self._settings):
                 self._hooks.append((job.id, hook))
-        self._version = -1  # what we commit ourselves is no news to our connection
+        self._seen = -1  # what we commit ourselves is no news to our connection
 
 
 def mark_in(home: Home, what: str) -> str:
@@ -3247,13 +3263,6 @@ def serve_or_say(home: Home, queues: Sequence[str], drain: bool) -> None:
         print(f"Error: {error}", flush=True)
 
 
-def host_name() -> str:
-    """The name of this machine."""
-    import socket
-
-    return socket.gethostname()
-
-
 def worker_voice(home: Home, row: WorkerRow, echo: bool) -> Callable[[str], None]:
     """How a worker says something: a line in worker.log, and on stderr where `echo`."""
     import logging
@@ -3314,7 +3323,7 @@ def wait_for_jobs(
     deadline = time.monotonic() + timeout_s
     seen = None
     while True:
-        version = store.version_seen()
+        version = store.commits_seen()
         if version != seen:
             counts, seen = store.counts(seqs), version
             progress(sum(counts[state] for state in ENDED))
@@ -3416,31 +3425,40 @@ def attempt_json(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def why_waiting(job: Job, found: Obstacles, now: int) -> tuple[str | None, str | None]:
-    """Why a job that has not ended is not running, and the command that would change it; also for a dead one."""
+class Reason(NamedTuple):
+    """Why a job is not running, and the command that would change that."""
+
+    why: str | None = None
+    remedy: str | None = None
+
+
+def why_not_running(job: Job, obstacles: Obstacles, now: int) -> Reason:
+    """The reason of a waiting job, of one whose worker is gone, and for a dead one the remedy alone."""
     if job.state is State.DEAD:
-        again = found.parents[:1] if job.blockers else [job.id]
-        return None, f"queuectl dlq retry {again[0]}" if again else None
-    if job.state is State.PROCESSING and all(row.id != job.worker for row in found.workers):
-        return "its worker is gone", None if found.workers else "queuectl worker start"
+        again = obstacles.parents[:1] if job.blockers else [job.id]
+        return Reason(None, f"queuectl dlq retry {again[0]}" if again else None)
+    if job.state is State.PROCESSING and all(row.id != job.worker for row in obstacles.workers):
+        return Reason("its worker is gone", None if obstacles.workers else "queuectl worker start")
     if job.state not in WAITING:
-        return None, None
+        return Reason()
     if job.hold:
-        return "on hold", f"queuectl release {job.id}"
-    if found.parents:
-        return "after " + ", ".join(found.parents), f"queuectl show {found.parents[0]}"
+        return Reason("on hold", f"queuectl release {job.id}")
+    if obstacles.parents:
+        return Reason("after " + ", ".join(obstacles.parents), f"queuectl show {obstacles.parents[0]}")
     if job.due_at is not None and job.due_at > now:
         what = "retry due" if job.state is State.FAILED else "due"
-        return f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}", None
-    if found.paused:
-        return f"queue {job.queue} paused", f"queuectl queue resume {job.queue}"
-    if found.max_running is not None and found.running >= found.max_running:
-        return f"queue {job.queue} at its limit of {found.max_running}", f"queuectl queue limit {job.queue} none"
-    if all(row.stop for row in found.workers):
-        return nobody_works(found.workers), "queuectl worker start"
-    if not any(row.takes(job.queue) for row in found.workers):
-        return f"no worker takes queue {job.queue}", f"queuectl worker start --queue {job.queue}"
-    return "waiting for a free worker", None
+        return Reason(f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}")
+    if obstacles.paused:
+        return Reason(f"queue {job.queue} paused", f"queuectl queue resume {job.queue}")
+    if obstacles.max_running is not None and obstacles.running >= obstacles.max_running:
+        return Reason(
+            f"queue {job.queue} at its limit of {obstacles.max_running}", f"queuectl queue limit {job.queue} none"
+        )
+    if all(row.stop for row in obstacles.workers):
+        return Reason(nobody_works(obstacles.workers), "queuectl worker start")
+    if not any(row.takes(job.queue) for row in obstacles.workers):
+        return Reason(f"no worker takes queue {job.queue}", f"queuectl worker start --queue {job.queue}")
+    return Reason("waiting for a free worker")
 
 
 def nobody_works(workers: Sequence[WorkerRow]) -> str:
@@ -3453,7 +3471,7 @@ def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[
     return [
         [
             job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
-            why_waiting(job, obstacles, now)[0] or "-", printable(command_line(job.command)),
+            why_not_running(job, obstacles, now).why or "-", printable(command_line(job.command)),
         ]
         for job, obstacles in zip(jobs, found, strict=True)
     ]  # fmt: skip
@@ -3472,14 +3490,14 @@ def job_lines(jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: i
     yield from table(JOB_HEAD, job_rows(jobs, found, now), width)
 
 
-def show_lines(job: Job, history: Sequence[Attempt], reason: tuple[str | None, str | None], log: str,
+def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str,
                settings: Settings, now: int, width: int) -> Iterator[str]:  # fmt: skip
     """What `show` prints."""
     yield f"job        {job.id}"
     yield f"command    {printable(command_line(job.command))}"
-    yield f"state      {coloured(job.state.value)}" + (f": {reason[0]}" if reason[0] else "")
-    if reason[1]:
-        yield f"try        {reason[1]}"
+    yield f"state      {coloured(job.state.value)}" + (f": {reason.why}" if reason.why else "")
+    if reason.remedy:
+        yield f"try        {reason.remedy}"
     if job.error:
         yield f"error      {printable(job.error)}"
     yield f"attempts   {job.attempts} of at most {settings_for(job, settings).max_retries + 1}"
@@ -3510,14 +3528,19 @@ def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def worker_counts(workers: Sequence[WorkerRow]) -> dict[str, int]:
+    """How many workers are in each state."""
+    states = [row.state for row in workers]
+    return {state: states.count(state) for state in WORKER_STATES}
+
+
 def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
                  cut_off: int) -> Iterator[str]:  # fmt: skip
     """What `status` prints: where the jobs are, who works, and what to do."""
     for state, n in counts.items():
         yield f"{coloured(state.value, f'{state.value:11}')} {n}"
     yield f"{'total':11} {sum(counts.values())}"
-    states = [row.state for row in workers]
-    shown = ", ".join(f"{states.count(state)} {state}" for state in WORKER_STATES if state in states)
+    shown = ", ".join(f"{n} {state}" for state, n in worker_counts(workers).items() if n)
     yield f"{'workers':11} {len(workers)}" + (f" ({shown})" if shown else "")
     yield from hints(counts, workers, queues, lost, cut_off)
 
@@ -3562,14 +3585,15 @@ def export_line(job: Job) -> str:
     return json.dumps({name: value for name, value in shown.items() if value is not None})
 
 
-def status_json(counts: Mapping[State, int], workers: Sequence[WorkerRow], paused: list[str]) -> dict[str, Any]:
+def status_json(
+    counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow]
+) -> dict[str, Any]:
     """`status` as JSON."""
-    states = [row.state for row in workers]
     return {
         "jobs": {state.value: n for state, n in counts.items()},
         "total": sum(counts.values()),
-        "workers": {"total": len(states), **{s: states.count(s) for s in WORKER_STATES}},
-        "paused": paused,
+        "workers": {"total": len(workers), **worker_counts(workers)},
+        "paused": [row.name for row in queues if row.paused],
     }
 
 
@@ -3650,8 +3674,7 @@ def prometheus_lines(
             yield f'queuectl_jobs{{queue="{queue.name}",state="{state.value}"}} {n}'
     yield "# HELP queuectl_workers Workers in each state."
     yield "# TYPE queuectl_workers gauge"
-    states = [row.state for row in workers]
-    yield from (f'queuectl_workers{{state="{s}"}} {states.count(s)}' for s in WORKER_STATES)
+    yield from (f'queuectl_workers{{state="{state}"}} {n}' for state, n in worker_counts(workers).items())
     yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
     yield "# TYPE queuectl_cpu_seconds_total counter"
     yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
@@ -3711,18 +3734,6 @@ def exit_code_of_all(counts: Mapping[State, int] | None) -> int:
     if counts is None:
         return EX_TIMED_OUT
     return int(any(counts[state] for state in HOPELESS))
-
-
-def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
-    """Where the output of an attempt begins and ends in the log, or with None all of it."""
-    if number is None:
-        return 0, None
-    if job.state is State.PROCESSING and job.attempts == number:
-        return max((attempt.log_end or 0 for attempt in history), default=0), None
-    for attempt in reversed(history):
-        if attempt.number == number:
-            return attempt.log_start or 0, attempt.log_end or 0
-    raise NotFound(f"job {job.id} has no attempt {number}")
 
 
 # ======================================================================== commands
@@ -4055,7 +4066,7 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
     alive = [row for row in rows if is_alive(home, row.id)]
     lost = sum(row.job is not None for row in rows if row not in alive)
     if as_json:
-        say_json(status_json(counts, alive, store.paused()))
+        say_json(status_json(counts, alive, store.queues()))
     else:
         say(status_lines(counts, alive, store.queues(), lost, store.cut_off()))
 
@@ -4093,10 +4104,10 @@ def show(home: Home, store: Store, id: str, as_json: bool) -> None:
     """Show one job, whole, with its attempts and why it is not running."""
     job = store.get(id)
     history = store.history(job)
-    [found] = store.obstacles([job], living_workers(home, store))
-    reason = why_waiting(job, found, now_ms())
+    [obstacles] = store.obstacles([job], living_workers(home, store))
+    reason = why_not_running(job, obstacles, now_ms())
     if as_json:
-        say_json(job_json(job) | {"reason": reason[0], "history": [attempt_json(a) for a in history]})
+        say_json(job_json(job) | {"reason": reason.why, "history": [attempt_json(a) for a in history]})
     else:
         say(show_lines(job, history, reason, home.log(job.id), store.settings(), now_ms(), width()))
 
@@ -4180,9 +4191,9 @@ class Lookout:
         job = self._store.next_of(self._seqs)
         if not job:
             return None
-        [found] = self._store.obstacles([job], living_workers(self._home, self._store))
-        reason, help = why_waiting(job, found, now_ms())
-        return f"job {job.id}: {reason}; {help}" if reason and help else None
+        [obstacles] = self._store.obstacles([job], living_workers(self._home, self._store))
+        reason = why_not_running(job, obstacles, now_ms())
+        return f"job {job.id}: {reason.why}; {reason.remedy}" if reason.why and reason.remedy else None
 
 
 def say_aside(text: str) -> None:

@@ -1171,7 +1171,7 @@ def test_bell_is_heard_exactly_as_long_as_its_worker_lives(home: Home) -> None:
 
 def test_platform_never_signals_what_it_did_not_start(home: Home) -> None:
     """A dead worker's process id that has gone to another process is never used against it."""
-    innocent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    innocent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=home.env)
     try:
         home.add(id="a")
         home.claim(home.worker_row(innocent.pid))
@@ -2224,11 +2224,11 @@ def test_why_waiting_names_every_reason() -> None:
         (job._replace(state=q.State.PROCESSING, worker=7), here._replace(workers=[]), "its worker is gone", "start"),
     ]
     for case, found, reason, command in cases:
-        got = q.why_waiting(case, found, 500)
+        got = q.why_not_running(case, found, 500)
         same((got[0], command is None or command in str(got[1])), (reason, True))
     for state in set(q.State) - set(q.WAITING):
         helps = "queuectl dlq retry a" if state is q.State.DEAD else None
-        same(q.why_waiting(job._replace(state=state, worker=here.workers[0].id), here, 0), (None, helps))
+        same(q.why_not_running(job._replace(state=state, worker=here.workers[0].id), here, 0), (None, helps))
 
 
 def test_exit_code_of_a_job_is_what_a_shell_would_give() -> None:

@@ -1352,18 +1352,22 @@ class Store:
                     WHERE seq = :seq AND state IN ('pending', 'failed')""",
                     seq=job.seq, now=now,
                 )  # fmt: skip
-                self._doom(job._replace(state=State.CANCELLED), now)
+            for job in chosen:  # only now: one that waits for another of them is cancelled, and not dead
+                if job.state in WAITING:
+                    self._doom(job._replace(state=State.CANCELLED), now)
         return chosen
 
     def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
         """Change fields of waiting jobs; the ids."""
         values = self._as_columns(spec, now)
-        if "run_at" in values:
-            values["due_at"] = values["run_at"] if (values["run_at"] or 0) > now else None
         columns = ", ".join(f"{name} = :{name}" for name in values)
+        if "run_at" in values:  # taken back, it leaves a backoff as it is
+            values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
+            columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
         with self.writing():
             chosen = self._choose(which, WAITING, "edited")
             for job in chosen:
+                self._refuse_overdrawn(job._replace(max_retries=spec.get("max_retries", job.max_retries)))
                 try:
                     self._change(
                         f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
@@ -1375,10 +1379,15 @@ class Store:
                     self._wait_for(job.seq, job.id, spec["after"] or (), now)
         return [job.id for job in chosen]
 
+    def _refuse_overdrawn(self, job: Job) -> None:
+        """QueueError for a job that would have failed more often than it may, and so be dead."""
+        if job.attempts > settings_for(job, self.settings()).max_retries:
+            raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
+
     def retry_dead(self, which: Selection, now: int) -> list[str]:
         """Dead jobs back to `pending` with no attempts made, and with them what died because of them.
 
-        One whose parent can still not complete stays dead; QueueError where it was named.
+        One whose parent can still not complete, or whose key is taken, stays dead; QueueError where it was named.
         """
         with self.writing():
             chosen = self._choose(which, [State.DEAD], "retried")
@@ -1389,24 +1398,33 @@ class Store:
             tried = [self.get(job.id) for job in chosen]
             for job in tried:
                 if which.ids and job.state is State.DEAD:
-                    raise QueueError(f"job {job.id} {job.error}: it cannot be retried before that")
+                    why = f"{job.error}: it cannot be retried before that"
+                    if self._is_key_taken(job):
+                        why = f"cannot be retried: another of key {job.key!r} has not ended"
+                    raise QueueError(f"job {job.id} {why}")
         return [job.id for job in tried if job.state is not State.DEAD]
 
     def _revive(self, job: Job, now: int) -> None:
-        try:
+        """A dead job and what died because of it, as far as their keys are free and their parents there."""
+        rows = self._all(
+            "SELECT seq FROM jobs WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq) ORDER BY seq", seq=job.seq
+        )
+        for row in rows:
             self._change(
                 """UPDATE jobs SET state = 'pending', attempts = 0, doomed_by = NULL, finished_at = NULL,
                     due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
                     error = CASE WHEN doomed_by IS NULL THEN error END
-                WHERE state = 'dead' AND (seq = :seq OR (doomed_by = :seq
-                        AND (key IS NULL OR NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
-                            AND other.state IN ('pending', 'processing', 'failed')))))
+                WHERE seq = :seq AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
+                        AND other.state IN ('pending', 'processing', 'failed'))
                     AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
                         AND parent NOT IN (SELECT seq FROM jobs))""",
-                seq=job.seq, now=now,
+                seq=row[0], now=now,
             )  # fmt: skip
-        except sqlite3.IntegrityError:
-            raise QueueError(f"job {job.id} cannot be retried: another of key {job.key!r} has not ended") from None
+
+    def _is_key_taken(self, job: Job) -> bool:
+        return bool(self._one(
+            "SELECT 1 FROM jobs WHERE key = :key AND state IN ('pending', 'processing', 'failed')", key=job.key
+        ))  # fmt: skip
 
     def _hopeless_parents(self) -> list[Job]:
         """Jobs that will never complete while others wait for them."""
@@ -1690,9 +1708,19 @@ class Store:
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
 
-    def restore(self, path: str) -> None:
-        """Replace this database by a copy; numbers used since, workers' too, are not used again."""
-        used = self._all("SELECT name, seq FROM sqlite_sequence")
+    def restore(self, path: str, refuse: Callable[[Store], None]) -> None:
+        """Replace this database by a copy; numbers used since, workers' too, are not used again.
+
+        `refuse` is given the queue as it is once nobody can change it any more, and raises where it is to stay so.
+        """
+        used: list[Any] = []
+
+        def look(*_: object) -> None:
+            if not used:
+                with Store(self.path) as before:
+                    refuse(before)
+                    used.extend(before._all("SELECT name, seq FROM sqlite_sequence"))
+
         with self.writing():
             pass  # waits for others, and no longer than we do; the copying itself would wait for ever
         try:
@@ -1703,7 +1731,7 @@ class Store:
                     raise StoreError(f"{path} is damaged; nothing was restored")
                 if copy.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
                     raise StoreError(f"{path} was made by a newer queuectl; upgrade queuectl")
-                copy.backup(self._db)
+                copy.backup(self._db, pages=10, progress=look)  # the first time comes with the lock, before the end
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
         self._bring_up()
@@ -2584,12 +2612,12 @@ def free_bytes(path: str) -> int:
 
 
 def make_private(home: Home) -> None:
-    """Take the home and its files from everybody but their owner."""
-    for folder, _, names in os.walk(home.path):
-        os.chmod(folder, 0o700)
-        for name in names:
-            with contextlib.suppress(OSError):
-                os.chmod(os.path.join(folder, name), 0o600)
+    """Take the home and what is ours in it from everybody but their owner."""
+    os.chmod(home.path, 0o700)
+    for file in (home.database, home.worker_log):
+        with contextlib.suppress(OSError):
+            if not os.path.islink(file):
+                os.chmod(file, 0o600)
 
 
 def existing(path: str) -> str:
@@ -2600,14 +2628,21 @@ def existing(path: str) -> str:
 
 
 def refuse_own(home: Home, path: str) -> None:
-    """BadInput where a copy of the queue would be the queue itself."""
-    if os.path.realpath(path) == home.database:
+    """BadInput where a copy of the queue would be a part of the queue itself, or no file."""
+    if os.path.realpath(path) in (home.database + end for end in ("", "-wal", "-shm")):
         raise BadInput("that is the queue itself; name another file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput(f"{printable(path)} is no file that could be replaced; name another")
 
 
 def publish(made: str, path: str) -> None:
     """Put a finished file in its place, in one step."""
     os.replace(made, path)
+
+
+def size_of(path: str) -> int:
+    """Bytes in a file; none where there is no file."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def make_private_file(path: str) -> None:
@@ -2652,8 +2687,13 @@ def silence_output() -> None:
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
     """Exit without taking the interpreter apart: a tenth of the time that a short command takes."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # a stream that was closed at the start is None
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # a stream that was closed at the start is None
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
     try:
         yield
     except SystemExit as end:
@@ -3178,7 +3218,7 @@ class Worker:
             self._complain(str(error))
 
     def _bury(self, dead: int) -> None:
-        ended = recover(self._home, self._store, dead, self._settings, self._now())
+        ended = bury(self._home, self._store, dead, self._settings, self._now())
         if ended is None:
             self._complain(f"the job of dead worker {dead} cannot be ended yet")
             self._bury_at = time.monotonic() + 10 * TEND_S  # others want the database too
@@ -3195,7 +3235,7 @@ def mark_in(home: Home, what: str) -> str:
     return f"{what}@{home.path}".replace(" ", "%20")  # one word, for `ps`
 
 
-def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -> list[tuple[Job, State | None]] | None:
+def bury(home: Home, store: Store, dead: int, settings: Settings, now: int) -> list[tuple[Job, State | None]] | None:
     """End what a dead worker's job left running; only then may the job be tried again.
 
     All in one transaction: nobody can claim the job, and write to its log, while we look for who
@@ -3208,7 +3248,9 @@ def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -
             keep_spooled(home.spool(dead), log)
             if not end_leftovers(mark_in(home, job.mark), log):
                 return None
-            lost = Outcome(End.LOST, error=f"worker {dead} died while it ran")
+            start, _ = log_range(job, store.history(job), job.attempts)
+            error = f"worker {dead} died while it ran"
+            lost = Outcome(End.LOST, error=error, log_start=start, log_end=size_of(log))
             ended.append((job, store.finish(job, lost, settings, now)))
         store.unregister(dead)
     remove_file(home.bell(dead))
@@ -3305,7 +3347,7 @@ def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
     holders = {job.worker or 0 for job in chosen if job.state is State.PROCESSING}
     for worker in holders.intersection(store.worker_ids()):
         if not ring(home, worker):
-            recover(home, store, worker, store.settings(), now_ms())
+            bury(home, store, worker, store.settings(), now_ms())
     seqs = [job.seq for job in chosen]
     while store.counts(seqs)[State.PROCESSING] and any(is_alive(home, worker) for worker in holders):
         time.sleep(WAIT_LOOK_S)
@@ -3322,13 +3364,18 @@ def wait_for_jobs(
     """
     deadline = time.monotonic() + timeout_s
     seen = None
+    before = store.counts(seqs)
+    removed = 0  # of the dead and cancelled: that they are gone does not make them good
     while True:
         version = store.commits_seen()
         if version != seen:
             counts, seen = store.counts(seqs), version
+            fewer = {state: before[state] - counts[state] for state in State}
+            removed += max(0, min(sum(fewer.values()), sum(fewer[state] for state in HOPELESS)))
+            before = counts
             progress(sum(counts[state] for state in ENDED))
             if not any(counts[state] for state in OPEN):
-                return counts
+                return counts | {State.DEAD: counts[State.DEAD] + removed}
         if time.monotonic() >= deadline:
             return None
         look()
@@ -3722,6 +3769,8 @@ def exit_code_of(job: Job, last: Attempt | None) -> int:
     """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
     if job.state is State.COMPLETED:
         return 0
+    if job.state is State.CANCELLED and not (last and last.ended_by == End.CANCELLED.value):
+        return 1  # while it did not run
     if last and last.ended_by == End.TIMED_OUT.value:
         return EX_TIMED_OUT
     if job.exit_code is None and last and last.signal:
@@ -3885,6 +3934,7 @@ def tag_and_queue(command: Any) -> Any:
 
     @functools.wraps(command)
     def run(ids: Sequence[str] = (), every: bool = False, *, tag: str | None, queue: str | None, **options: Any) -> Any:
+        check_fields({name: value for name, value in (("tag", tag), ("queue", queue)) if value is not None})
         return command(which=Selection(ids, tag, queue, every), **options)
 
     made = click.option("--queue", metavar="Q", help="Those of this queue.")(run)
@@ -3982,7 +4032,7 @@ def as_typed(words: Sequence[str]) -> str | list[str]:
 
 def in_place(spec: Spec) -> Spec:
     """A spec whose directory is seen from here."""
-    return {**spec, "cwd": here(spec["cwd"])}
+    return {**spec, **check_fields({"cwd": here(spec["cwd"])})}
 
 
 @cli.group()
@@ -4158,9 +4208,10 @@ def name_failures(store: Store, seqs: Sequence[int] | None, counts: Mapping[Stat
     """Name some of these jobs, with None of all, that have ended and not completed."""
     failed = sum(counts[state] for state in HOPELESS) if counts else 0
     if counts and failed:
-        named = store.not_completed(seqs, 3)
-        more = ", ..." if failed > len(named) else ""
-        say_aside(f"{failed} of {sum(counts.values())} did not complete: {', '.join(map(how_ended, named))}{more}")
+        named = [how_ended(job) for job in store.not_completed(seqs, 3)]
+        more = [f"{failed - len(named)} more"] if failed > len(named) > 0 else []
+        what = ": ".join(filter(None, ("did not complete", ", ".join(named + more))))
+        say_aside(f"{failed} of {sum(counts.values())} {what}")
 
 
 def some_of(jobs: list[Job]) -> list[Job]:
@@ -4520,7 +4571,7 @@ def backup(home: Home, store: Store, file: str, restore: bool, as_json: bool) ->
     refuse_own(home, file)
     if restore:
         refuse_while_working(home, store)
-        store.restore(existing(file))
+        store.restore(existing(file), functools.partial(refuse_while_working, home))
     else:
         save(store, file)
     count = sum(store.counts().values())
@@ -4531,6 +4582,7 @@ def backup(home: Home, store: Store, file: str, restore: bool, as_json: bool) ->
 def save(store: Store, file: str) -> None:
     """A copy of the queue in a file, there only once it is whole."""
     made = f"{file}.part"
+    remove_file(made)  # of a backup that was cut short
     make_private_file(made)
     store.back_up(made)
     publish(made, file)

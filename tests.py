@@ -907,6 +907,38 @@ def test_edit_leaves_what_it_does_not_name(home: Home) -> None:
     same({name: getattr(job, name) for name in fields} | {"priority": job.priority}, fields | {"priority": 7})
 
 
+def test_edit_leaves_a_failed_job_its_rules(home: Home) -> None:
+    """Neither more attempts than allowed, nor a backoff cut short by taking back a moment that was never set."""
+    home.add("exit 1", id="a", max_retries=2, backoff_base=600)
+    home.start()
+    until(lambda: home.state("a") == "failed")
+    due = home.job("a").due_at
+    assert "cancel" in home.fails("edit", "a", "--max-retries", "0")
+    home.run("edit", "a", "--max-retries", "1", "--clear", "run-at")
+    same(home.job("a").due_at, due)
+    home.run("edit", "a", "--run-at", "2020-01-01")  # that is to say now
+    same(home.ended("a").attempts, 2)
+
+
+def test_cancel_of_parent_and_child_cancels_both(home: Home) -> None:
+    """In whatever order they are named, what was to be cancelled is cancelled and not dead."""
+    for first, second in (("p1", "c1"), ("c2", "p2")):
+        home.add(id=(parent := min(first, second, key=lambda id: id[0] != "p")), hold=True)
+        home.add(id=(child := max(first, second, key=lambda id: id[0] != "p")), after=[parent])
+        same(home.out("cancel", first, second), f"{first} cancelled\n{second} cancelled\n")
+        same([home.state(parent), home.state(child)], ["cancelled", "cancelled"])
+
+
+def test_dlq_retry_of_all_takes_one_of_each_key(home: Home) -> None:
+    """Of dead jobs with the same key one comes back; one that was named and cannot is an error."""
+    home.start()
+    for id, key in (("a", "K"), ("b", "K"), ("c", "L")):
+        home.ended(home.add("exit 1", id=id, key=key, max_retries=0))
+    home.run("worker", "stop")
+    same(home.out("dlq", "retry", "--all"), "a pending again\nc pending again\n")
+    assert "'K' has not ended" in home.fails("dlq", "retry", "b")
+
+
 def test_edit_clears_what_was_said(home: Home) -> None:
     """`--clear` makes a field what it is where nothing is said, of every field that has such a value."""
     home.add(id="p", hold=True)
@@ -1039,8 +1071,30 @@ def test_backup_is_not_restored_while_another_program_holds_the_queue(home: Home
     with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with q.Store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds"):
-            store.restore(str(home.work / "copy.db"))
+            store.restore(str(home.work / "copy.db"), lambda _: None)
     same([job.id for job in home.store.jobs()], ["a", "b"])
+
+
+def test_backup_is_not_restored_under_who_came_meanwhile(home: Home) -> None:
+    """The last look for workers comes when none can register any more; who is found then keeps the queue."""
+    home.add_all({"command": "x", "id": f"a{n}"} for n in range(500))
+    home.run("backup", "copy.db")
+    home.add(id="b")
+    seen = []
+
+    def refuse(before: q.Store) -> None:
+        seen.append(before.how_many())
+        other = sqlite3.connect(home.home.database, 0, isolation_level=None)
+        with contextlib.closing(other), refuses(sqlite3.OperationalError, "locked"):
+            other.execute("BEGIN IMMEDIATE")
+        raise q.QueueError("somebody works")
+
+    with refuses(q.QueueError, "somebody works"):
+        home.store.restore(str(home.work / "copy.db"), refuse)
+    same((seen, home.store.how_many(), home.store.damage()), ([501], 501, []))
+    home.add(id="c")
+    home.run("backup", "--restore", "copy.db")
+    same((home.store.how_many(), home.store.damage()), (500, []))
 
 
 def test_store_damaged_is_said_in_one_line(home: Home) -> None:
@@ -2166,6 +2220,16 @@ def test_workers_load_nothing_at_their_first_job(home: Home) -> None:
 
 
 @posix
+def test_workers_start_where_every_stream_is_closed(home: Home) -> None:
+    """A script that has closed its standard streams starts workers like any other, and is not kept waiting."""
+    for streams in ("<&- >&-", "<&- >&- 2>&-", ">&-"):
+        line = ["/bin/sh", "-c", f'exec "$@" {streams}', "sh", *PROGRAM, "worker", "start"]
+        same(subprocess.run(line, env=home.env, timeout=DEADLINE_S).returncode, 0)
+    same(len(home.store.workers()), 3)
+    same(home.ended(home.add("echo hi")).state.value, "completed")
+
+
+@posix
 def test_workers_do_not_keep_what_their_starter_had_open(home: Home) -> None:
     """A pipe or lock of the script that starts a worker is not held by it."""
     reader, writer = os.pipe()
@@ -2527,6 +2591,44 @@ def test_backup_is_whole_and_can_be_restored(home: Home) -> None:
         home.fails("backup", "--restore", name)
 
 
+@posix
+def test_backup_replaces_nothing_but_a_file(home: Home) -> None:
+    """Neither a part of the queue nor a device or a FIFO is taken for a file that a copy could replace."""
+    home.add(id="a")
+    os.mkfifo(home.work / "fifo")
+    for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
+        home.fails("backup", str(home.path / name), code=2)
+    home.fails("backup", "fifo", code=2)
+    (home.work / "copy.db.part").write_text("what is left of another")
+    home.run("backup", "copy.db")
+
+
+@posix
+def test_doctor_leaves_what_is_not_its_own(home: Home) -> None:
+    """`--repair` closes the home and the queue's files to others; a hook in it can still be run."""
+    home.add(id="a")
+    hook, outside = home.path / "hook", home.root / "outside"
+    for path in (hook, outside):
+        path.touch(0o755)
+        path.chmod(0o755)
+    (home.path / "link").symlink_to(outside)
+    home.path.chmod(0o750)
+    Path(home.home.database).chmod(0o644)
+    same(home.json("doctor", "--repair"), {"ok": True, "problems": []})
+    modes = [path.stat().st_mode & 0o777 for path in (home.path, Path(home.home.database), hook, outside)]
+    same(modes, [0o700, 0o600, 0o755, 0o755])
+
+
+@posix
+def test_logs_of_a_lost_attempt(home: Home) -> None:
+    """What an attempt had written before its worker died is its own."""
+    home.start(2)
+    home.add("echo try $QUEUECTL_ATTEMPT; test $QUEUECTL_ATTEMPT -gt 1 || kill -9 $PPID; sleep 0.1", id="a",
+             backoff_base=0.01)  # fmt: skip
+    home.ended("a")
+    same([home.out("logs", "a", "--attempt", n) for n in "12"], ["try 1\n", "try 2\n"])
+
+
 def test_logs_of_one_attempt_alone(home: Home) -> None:
     """`logs --attempt K` prints what that attempt wrote and nothing else; there must have been one."""
     number = "%QUEUECTL_ATTEMPT%" if WINDOWS else "$QUEUECTL_ATTEMPT"
@@ -2688,6 +2790,16 @@ def test_output_that_nobody_reads_is_no_traceback(home: Home) -> None:
     same(len(home.store.jobs()), 6 if os.path.exists("/dev/full") else 5)
 
 
+def test_enqueue_wait_exits_1_where_the_job_was_cancelled_between_attempts(home: Home) -> None:
+    """It did not run then: how the attempt before ended is not how the job did."""
+    home.start()
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    waiting = home.popen("enqueue", "--wait", "--id", "a", "--timeout", "0.1", "--backoff-base", "600", "--", *sleep)
+    until(lambda: home.store.exists("a") and home.state("a") == "failed")
+    home.run("cancel", "a")
+    same(finished(waiting).code, 1)
+
+
 def test_enqueue_wait_says_what_the_output_does_not(home: Home) -> None:
     """Why a job did not start, or was ended, is said to who waits for it; an exit code speaks for itself."""
     home.start()
@@ -2702,13 +2814,31 @@ def test_enqueue_wait_says_what_the_output_does_not(home: Home) -> None:
 
 def test_wait_names_those_that_did_not_complete(home: Home) -> None:
     """Who waited for many need not look for the ones that failed."""
+    for option in ("--tag", "--queue"):
+        home.fails("wait", option, "", code=2)  # most likely a variable that was not set
     home.start()
     ids = [home.add("exit 3", id=f"bad{n}", max_retries=0) for n in range(4)] + [home.add(id="good")]
     bad = ", ".join(f"bad{n} is dead: exit code 3" for n in range(3))
-    same(home.run("wait", *ids, code=1).err, f"4 of 5 did not complete: {bad}, ...\n")
+    same(home.run("wait", *ids, code=1).err, f"4 of 5 did not complete: {bad}, 1 more\n")
     same(home.run("wait", "good").err, "")
     same(home.run("logs", "--follow", "bad1").err, "job bad1 is dead: exit code 3\n")
     same(home.run("logs", "--follow", "good").err, "")
+
+
+def test_wait_counts_those_that_failed_and_were_removed(home: Home) -> None:
+    """A dead job that is pruned while somebody waits has not completed for all that."""
+    home.start()
+    home.ended(home.add("exit 1", id="bad", max_retries=0))
+    home.ended(home.add(id="good"))
+    home.add(id="held", hold=True)
+    waiting = home.popen("wait", "--json", "bad", "good", "held")
+    assert waiting.stderr
+    same(waiting.stderr.readline().decode().strip(), "job held: on hold; queuectl release held")  # it has begun
+    home.run("prune")
+    time.sleep(0.1)
+    home.run("release", "held")
+    ran = finished(waiting)
+    same((ran.code, json.loads(ran.out)["dead"], ran.err), (1, 1, "1 of 2 did not complete\n"))
 
 
 def test_wait_says_what_keeps_jobs_from_ending(home: Home) -> None:
@@ -4055,6 +4185,9 @@ def test_fuzz_bytes_that_are_no_text_are_refused_in_one_line(home: Home) -> None
         one_line(finished(subprocess.Popen([*map(os.fsencode, PROGRAM), *words], stderr=subprocess.PIPE, env=home.env)))
     for given in (b'{"command": "\xff"}', b"[" * 1_000_000, b'{"command": "' + b"x" * 10_000_000 + b'"}', b"\0" * 1000):
         one_line(home.run("enqueue", "-", stdin=given, code=2), "line 1")
+    there = os.fsencode(home.root) + b"/\xff"
+    os.mkdir(there)
+    one_line(finished(home.popen("enqueue", "--cwd", ".", "--", "x", cwd=there)))
     same(home.json("list"), [])
 
 

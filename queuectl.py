@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["click>=8.1"]
 # ///
-"""queuectl: a background job queue for commands, in one file, over one SQLite table.
+"""queuectl: a background job queue for commands, in one file, over one SQLite database.
 
     queuectl enqueue -- make report      # on disk once its id is printed
     queuectl worker start --count 4      # four processes that outlive the terminal
@@ -29,9 +29,9 @@ The file, from top to bottom; a section uses only those above it:
     store           all SQL, all of sqlite3
     platform        every difference between systems: spawn, end a tree, wait, wake
     surroundings    the home on disk, the environment, the terminal
-    running         one attempt, from command to outcome
+    running         one attempt, from command to outcome; logs and hooks
     worker          claim, run, record
-    workers         starting and stopping workers, waiting for jobs
+    control         starting and stopping workers, cancelling, waiting, following
     views           jobs and counts to text or JSON
     commands        click, and nothing else knows click
 """
@@ -69,9 +69,9 @@ TURN_S = 0.25  # how long a worker waits for its turn to write before it just tr
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
-PAGE_BYTES = 2048  # a job's step touches eight pages, and the WAL takes them whole
-CHECKPOINT_CHANCE = 1 / 1500  # of a worker's steps: about 16 MB of the WAL, however many workers there are
-WORKER_CHECKPOINT_PAGES = 32_000  # where it comes anyhow, in the middle of a step
+PAGE_BYTES = 2048  # a job's step changes six or seven pages, and the WAL takes them whole
+CHECKPOINT_CHANCE = 1 / 1500  # of a worker's steps: about 20 MB of the WAL, however many workers there are
+WORKER_CHECKPOINT_PAGES = 32_000  # of the WAL at which a checkpoint comes whatever chance says, in the middle of a step
 BUCKETS_S = (0.01, 0.1, 1, 10, 60, 600, 3600, 86400)  # of the histograms of wait and run time
 WORKER_CACHE_KIB = 512  # a worker looks at few pages; it does not grow with the queue
 LIST_ROWS = 100  # rows that a table shows unless told
@@ -404,15 +404,15 @@ FIELDS = {
     "id": Field(_id, "Its name; made up where absent.", metavar="ID"),
     "command": Field(_command, "A line for the shell, or a program and its arguments."),
     "priority": Field(_integer(-(2**31), 2**31 - 1), "Higher runs first; default 0.", parse_number, metavar="N"),
-    "max_retries": Field(_integer(0, 2**31 - 1), "Retries after the first attempt.", parse_number, metavar="N"),
-    "timeout": Field(_number(0), "Longest time of an attempt, 0 for none.", parse_duration, metavar="TIME"),
+    "max_retries": Field(_integer(0, 2**31 - 1), "How many retries; default by config.", parse_number, metavar="N"),
+    "timeout": Field(_number(0), "Longest attempt, 0 for none; default by config.", parse_duration, metavar="TIME"),
     "run_at": Field(_moment, "Not before: Unix seconds or ISO 8601.", _parse_moment, metavar="WHEN"),
     "delay": Field(_number(0, high=MAX_DELAY_S), "Not before this long from now.", parse_duration, metavar="TIME"),
     "backoff_base": Field(_number(0, above=True), "Wait this ** n after failed attempt n.", parse_number, metavar="N"),
     "queue": Field(_name, "The queue that it waits in; default `default`.", metavar="Q"),
     "tag": Field(_name, "A label to select by.", metavar="T"),
     "key": Field(_nonempty, "One job of this key at a time: another enqueues nothing.", metavar="K"),
-    "cwd": Field(_nonempty, "Where it runs; default: here.", metavar="DIR"),
+    "cwd": Field(_nonempty, "The directory that it runs in.", metavar="DIR"),
     "env": Field(_environment, "A variable for it; K alone: as it is here.", _parse_environment, "many", "K=V"),
     "after": Field(_list_of(_id, "ids"), "Start only once this job has completed.", list, "many", "ID"),
     "hold": Field(_flag, "Wait until `release`.", bool, "flag"),
@@ -1324,7 +1324,8 @@ class Store:
                     raise QueueError(f"job {job.id} is {job.state.value}: it cannot be {verb}")
             return chosen
         if not (which.tag or which.queue or which.every):
-            raise BadInput("name jobs by id, or choose them with --tag or --queue")
+            choices = "--tag, --queue or --all" if states == [State.DEAD] else "--tag or --queue"
+            raise BadInput(f"name jobs by id, or choose them with {choices}")
         return self.jobs(which, states)
 
     # ---- commands about jobs
@@ -3167,6 +3168,8 @@ class Worker:
         """Why a job must end early, asked while it runs."""
         if self._signals > 1:
             return End.GIVEN_BACK
+        if self._signals:
+            self._complain(f"told to leave: finishes job {job.id} first; told again, gives it back")
         if not rung and time.monotonic() < self._look_at:
             return None
         self._look_at = time.monotonic() + LOOK_S
@@ -3270,7 +3273,7 @@ def wake_one(home: Home, store: Store) -> None:
             return
 
 
-# ======================================================================== workers
+# ======================================================================== control
 
 
 def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) -> None:
@@ -3446,14 +3449,20 @@ def ago(ms: int | None, now: int) -> str:
     return f"{int(away / size)} {name} ago" if ms <= now else f"in {math.ceil(away / size)} {name}"
 
 
+def cut(text: str, most: int) -> str:
+    """A text, no longer than that."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
-    """Lines of a table; the last column takes what room is left, and is cut."""
-    sizes = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
+    """Lines of a table; the last column takes what room is left, the others a quarter of it at the most."""
+    most = max(12, width // 4)
+    sizes = [min(most, max(len(row[i]) for row in [head, *rows])) for i in range(len(head) - 1)]
     room = max(10, width - sum(sizes) - 2 * len(sizes))
     for row in [head, *rows]:
-        cells = [coloured(cell, cell.ljust(size)) for cell, size in zip(row[:-1], sizes, strict=True)]
-        last = row[-1] if len(row[-1]) <= room else row[-1][: room - 3] + "..."
-        yield "  ".join([*cells, last]).rstrip()
+        cells = [cut(cell, size).ljust(size) for cell, size in zip(row[:-1], sizes, strict=True)]
+        cells = [coloured(row[i], cells[i]) if head[i] == "STATE" else cells[i] for i in range(len(cells))]
+        yield "  ".join([*cells, cut(row[-1], room)]).rstrip()
 
 
 def attempt_json(attempt: Attempt) -> dict[str, Any]:
@@ -3518,13 +3527,15 @@ def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[
     return [
         [
             job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
-            why_not_running(job, obstacles, now).why or "-", printable(command_line(job.command)),
+            why_not_running(job, obstacles, now).why or (job.state is State.DEAD and printable(job.error or "")) or "-",
+            printable(command_line(job.command)),
         ]
         for job, obstacles in zip(jobs, found, strict=True)
     ]  # fmt: skip
 
 
-JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WAITS", "COMMAND")
+JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WHY", "COMMAND")
+_SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}  # what a narrow terminal need not show
 
 
 def job_lines(jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: int, width: int) -> Iterator[str]:
@@ -3534,7 +3545,9 @@ def job_lines(jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: i
         return
     if more:
         yield f"({more} older jobs are not shown; --limit shows more)"
-    yield from table(JOB_HEAD, job_rows(jobs, found, now), width)
+    rows = job_rows(jobs, found, now)
+    said = [i for i, name in enumerate(JOB_HEAD) if width >= 100 or any(row[i] != _SILENT.get(name) for row in rows)]
+    yield from table([JOB_HEAD[i] for i in said], [[row[i] for i in said] for row in rows], width)
 
 
 def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str,
@@ -3897,11 +3910,40 @@ def width() -> int:
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
 
+def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """Files as the shell completes them; for --cwd directories."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir" if param.name == "cwd" else "file")]
+
+
+def complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """The newest ids that begin so; behind `--` files."""
+    if "typed" in ctx.meta:
+        return complete_files(ctx, param, incomplete)
+    with Store(open_home().database, patience_s=1.0) as store:
+        return [id for id in store.newest_ids() if id.startswith(incomplete)]
+
+
+def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The config keys that begin so."""
+    return [key for key in SETTINGS if key.startswith(incomplete.replace("-", "_"))]
+
+
+_COMPLETIONS = {"cwd": complete_files, "after": complete_ids}
+
+
+def spellings(name: str) -> set[str]:
+    """A field as JSON has it, and as its option."""
+    return {name, name.replace("_", "-")}
+
+
 def _field_option(name: str, field: Field) -> Callable[[Any], Any]:
     option = f"--{name.replace('_', '-')}"
     if field.kind == "flag":
         return click.option(option, name, is_flag=True, help=field.help)
-    return click.option(option, name, multiple=field.kind == "many", metavar=field.metavar, help=field.help)
+    return click.option(option, name, multiple=field.kind == "many", metavar=field.metavar, help=field.help,
+                        shell_complete=_COMPLETIONS.get(name))  # fmt: skip
 
 
 def field_options(*names: str) -> Callable[[Any], Any]:
@@ -3911,17 +3953,6 @@ def field_options(*names: str) -> Callable[[Any], Any]:
         return functools.reduce(lambda made, name: _field_option(name, FIELDS[name])(made), reversed(names), command)
 
     return decorate
-
-
-def complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """The newest ids that begin so."""
-    with Store(open_home().database, patience_s=1.0) as store:
-        return [id for id in store.newest_ids() if id.startswith(incomplete)]
-
-
-def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """The config keys that begin so."""
-    return [key for key in SETTINGS if key.startswith(incomplete.replace("-", "_"))]
 
 
 id_argument = click.argument("id", shell_complete=complete_ids)
@@ -3953,7 +3984,7 @@ def cli() -> None:
 
 
 @cli.command(cls=TypedCommand)
-@click.argument("job", nargs=-1, metavar="[JOB | - | -- COMMAND [ARG]...]")
+@click.argument("job", nargs=-1, metavar="[JOB | - | -- COMMAND [ARG]...]", shell_complete=complete_files)
 @field_options(*(name for name in FIELDS if name != "command"))
 @click.option("--file", "file", type=click.File("rb"), help="JSON Lines from a file.")
 @click.option("--skip-existing", is_flag=True, help="Pass over ids that exist.")
@@ -3973,6 +4004,8 @@ def enqueue(job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_j
             say_json([{"id": id, "created": created} for id, created in jobs])
         else:
             say(id for id, _ in jobs)
+        if not wait and sys.stderr.isatty() and not living_workers(home, store):
+            say_aside("no worker is running; start one: queuectl worker start")
         return see_through(home, store, [id for id, _ in jobs], is_quiet=as_json) if wait else 0
 
 
@@ -4018,9 +4051,9 @@ def specs_given(
     if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
         batch = read_batch(file or sys.stdin.buffer, fields)
         return ((where, in_place(spec)) for where, spec in batch)
-    if len(words) == 1 and not file and typed is None:
+    if len(words) == 1 and not file and typed is None and words[0].lstrip()[:1] in ("{", "["):
         return [("", in_place(check_job(parse_job(words[0]), fields)))]
-    if words and words[0].lstrip().startswith("{"):
+    if any(word.lstrip().startswith("{") or ":" in word for word in words):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
     raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
 
@@ -4080,6 +4113,9 @@ def refuse_several(count: int) -> None:
 def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
     """Let each worker finish its job and leave; waits for them."""
     timeout_s = option_duration("--timeout", timeout)
+    busy = [row.job for row in living_workers(home, store) if row.job]
+    if busy and not now and sys.stderr.isatty():
+        say_aside(f"workers leave when their jobs have ended, {busy[0]} among them; to end those: worker stop --now")
     told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
     if left:
         raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
@@ -4180,6 +4216,9 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
         if job.state is not State.COMPLETED:
             say_aside(f"job {how_ended(job)}")
         return
+    if job.state in WAITING and not job.attempts:
+        [obstacles] = store.obstacles([job], living_workers(home, store))
+        say_aside(f"job {job.id} has not started: {why_not_running(job, obstacles, now_ms()).why}")
     blocks = read_log(path, start, end)
     for block in blocks if raw else fold_returns(blocks):
         sys.stdout.buffer.write(block)
@@ -4275,7 +4314,7 @@ def cancel(home: Home, store: Store, which: Selection, as_json: bool) -> None:
 @cli.command(cls=TypedCommand)
 @selection_options
 @field_options(*(name for name in FIELDS if name not in ("id", "queue", "tag")))
-@click.option("--clear", type=click.Choice([name.replace("_", "-") for name in CLEARABLE]), multiple=True,
+@click.option("--clear", type=click.Choice([word for name in CLEARABLE for word in spellings(name)]), multiple=True,
               metavar="FIELD", help="As if nothing had been said of it; may be repeated.")  # fmt: skip
 @json_option
 @with_store
@@ -4318,7 +4357,7 @@ all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 
 @dlq.command("list")
 @tag_and_queue
-@click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N.")
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N; default 100, with --json all.")
 @json_option
 @with_store
 def dlq_list(home: Home, store: Store, which: Selection, limit: int | None, as_json: bool) -> None:
@@ -4450,7 +4489,7 @@ def check_limit(text: str) -> int:
 @json_option
 @with_store
 def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_run: bool, as_json: bool) -> None:
-    """Remove jobs that have ended, and their logs."""
+    """Remove jobs that have ended (completed, dead or cancelled), and their logs."""
     before = now_ms() - round(option_duration("--older-than", older_than) * 1000) + 1
     removed = 0
     for ids in store.prune([State(state) for state in states] or ENDED, before, dry_run=dry_run):

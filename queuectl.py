@@ -832,7 +832,7 @@ class QueueRow(NamedTuple):
 
 
 class Obstacles(NamedTuple):
-    """What may keep a job from running, beside its own row."""
+    """What may keep a job from running, besides its own row."""
 
     parents: list[str]  # those that have not completed
     paused: bool
@@ -857,8 +857,12 @@ SORTS = {  # what a list can be sorted by
     "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
     "created": "created_at", "changed": "updated_at",
 }  # fmt: skip
-_GIVEN = (*(name for name in FIELDS if name != "delay"), "created_at")
-_given = operator.itemgetter(*_GIVEN, "origin")
+_STAGED = (*(name for name in FIELDS if name != "delay"), "created_at")
+_staged_row = operator.itemgetter(*_STAGED, "origin")
+
+
+def _json_or_null(value: Sequence[Any] | None) -> str | None:
+    return None if value is None else _to_json(value)
 
 
 def _is_busy(error: Exception) -> bool:
@@ -888,11 +892,11 @@ class Transaction:
     """What happens inside `with` happens whole or not at all; entered again while it is open, it goes on."""
 
     def __init__(self, db: sqlite3.Connection, change: Callable[[str], object], begin: str) -> None:
-        self._db, self._change, self._begin, self._depth = db, change, begin, 0
+        self._db, self._run, self._begin, self._depth = db, change, begin, 0
 
     def __enter__(self) -> None:
         if not self._depth:
-            self._change(self._begin)
+            self._run(self._begin)
         self._depth += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -901,10 +905,10 @@ class Transaction:
             return
         try:
             if kind is None:
-                self._change("COMMIT")
+                self._run("COMMIT")
         finally:
             if self._db.in_transaction:
-                self._change("ROLLBACK")
+                self._run("ROLLBACK")
 
 
 class Store:
@@ -922,15 +926,15 @@ class Store:
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
-        self._writing = Transaction(self._db, self._change, "BEGIN IMMEDIATE")
+        self._writing = Transaction(self._db, self._run, "BEGIN IMMEDIATE")
         self._config: list[Any] = []  # the rows that the settings were made of
         self._settings = Settings()
         try:
             self._bring_up()
-            self._change(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             if not durable:
-                self._change(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
-                self._change(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
+                self._run(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
+                self._run(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
         except StoreError:
             self._db.close()
             raise
@@ -951,14 +955,14 @@ class Store:
         """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
         if self._schema_version() == len(MIGRATIONS):
             return
-        self._change(f"PRAGMA page_size = {PAGE_BYTES}")
+        self._run(f"PRAGMA page_size = {PAGE_BYTES}")
         if self._one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
         with self.writing():  # two processes may be here at once: look again inside
             for _, statements in MIGRATIONS[self._schema_version() :]:
                 for statement in statements:
-                    self._change(statement)
-            self._change(f"PRAGMA user_version = {len(MIGRATIONS)}")
+                    self._run(statement)
+            self._run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _schema_version(self) -> int:
         """The schema's version; StoreError where it is newer than this file, or not ours."""
@@ -992,7 +996,7 @@ class Store:
         rows = self._all(sql, **values)
         return rows[0] if rows else None
 
-    def _change(self, sql: str, **values: Any) -> int:
+    def _run(self, sql: str, **values: Any) -> int:
         """Run a statement; how many rows it changed."""
         return self._patiently(lambda: self._db.execute(sql, values).rowcount)
 
@@ -1029,14 +1033,14 @@ class Store:
 
     def checkpoint(self) -> None:
         """Carry what has been committed from the WAL into the database; waits for the disk, and holds up nobody."""
-        self._change("PRAGMA wal_checkpoint(PASSIVE)")
+        self._run("PRAGMA wal_checkpoint(PASSIVE)")
 
     def sync(self) -> None:
         """Put on disk what has been committed so far, whatever `durable` says: only a commit that writes does."""
-        self._change("PRAGMA synchronous = FULL")
+        self._run("PRAGMA synchronous = FULL")
         with self.writing():
-            self._change("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
-        self._change("PRAGMA synchronous = NORMAL")
+            self._run("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
+        self._run("PRAGMA synchronous = NORMAL")
 
     # ---- jobs in
 
@@ -1057,17 +1061,17 @@ class Store:
         return ((id, bool(is_new)) for id, is_new in self._rows("SELECT id, is_new FROM staged ORDER BY n"))
 
     def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
-        self._change(
+        self._run(
             f"""CREATE TEMP TABLE IF NOT EXISTS staged (n INTEGER PRIMARY KEY, id COLLATE NOCASE,
-                {", ".join(_GIVEN[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
+                {", ".join(_STAGED[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
         )
-        self._change("DELETE FROM staged")
+        self._run("DELETE FROM staged")
         rows = (
-            _given({**BLANK, **self._as_columns(spec, now), "created_at": now, "origin": origin})
+            _staged_row({**BLANK, **self._as_columns(spec, now), "created_at": now, "origin": origin})
             for origin, spec in specs
         )
-        columns = (*_GIVEN, "origin")
-        with Transaction(self._db, self._change, "BEGIN"):
+        columns = (*_STAGED, "origin")
+        with Transaction(self._db, self._run, "BEGIN"):
             self._insert_many(
                 f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
             )
@@ -1093,7 +1097,7 @@ class Store:
                 "SELECT id FROM jobs WHERE key = :key AND state IN ('pending', 'processing', 'failed')", key=key
             )
             if holder:
-                self._change("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder[0])
+                self._run("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder[0])
             else:
                 self._land_where("n = :n", last, now, n=n)
         for n, id, after, origin in self._all(
@@ -1106,16 +1110,16 @@ class Store:
 
     def _make_up_ids(self, last: int) -> None:
         """Ids that are short, never used twice, and sort as their jobs were made, up to 268 million of them."""
-        self._change("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
-        while self._change(
+        self._run("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
+        while self._run(
             """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
                 OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
         ):
             pass  # somebody chose just the id that we made up
 
     def _land_where(self, condition: str, last: int, now: int, **values: int) -> None:
-        columns = ", ".join(_GIVEN)
-        self._change(
+        columns = ", ".join(_STAGED)
+        self._run(
             f"""INSERT INTO jobs (seq, due_at, updated_at, {columns})
                 SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, {columns}
                 FROM staged WHERE is_new AND {condition} ORDER BY n""",
@@ -1126,8 +1130,8 @@ class Store:
         """Staged ids that exist already, in the queue or further up, are no new jobs; QueueError unless wanted."""
         if not self._one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
             return
-        self._change("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
-        self._change(
+        self._run("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
+        self._run(
             """UPDATE staged SET is_new = 0 WHERE id IN (SELECT id FROM jobs) OR EXISTS (
                 SELECT 1 FROM staged AS above WHERE above.id = staged.id AND above.n < staged.n)"""
         )
@@ -1146,14 +1150,14 @@ class Store:
                 seq=seq, parent=parent.seq,
             ):  # fmt: skip
                 raise BadInput(f"job {child} cannot wait for {parent.id}, which waits for it")
-            self._change("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=parent.seq, child=seq)
+            self._run("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=parent.seq, child=seq)
         for parent in found:
             if parent.state in HOPELESS:
                 self._doom(parent, now)
 
     def _doom(self, parent: Job, now: int) -> None:
         """What waits for a job that will never complete is dead with it, all the way down."""
-        self._change(
+        self._run(
             """WITH RECURSIVE doomed(seq) AS (SELECT child FROM dependencies WHERE parent = :parent
                 UNION SELECT child FROM dependencies JOIN doomed ON parent = doomed.seq)
             UPDATE jobs SET state = 'dead', doomed_by = :parent, error = :error, updated_at = :now, finished_at = :now
@@ -1170,7 +1174,7 @@ class Store:
         None where nothing may run, and for a worker that is to stop or was taken for dead.
         """
         with self.writing():
-            self._change(
+            self._run(
                 """UPDATE jobs SET due_at = NULL WHERE due_at IS NOT NULL AND due_at <= :now
                     AND hold = 0 AND blockers = 0""",
                 now=now,
@@ -1183,7 +1187,7 @@ class Store:
                     ORDER BY priority DESC, seq LIMIT 1)
                 AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND stop IS NULL)
                 RETURNING {_COLUMNS}""",
-                worker=worker, now=now, queues=None if queues is None else _to_json(queues),
+                worker=worker, now=now, queues=_json_or_null(queues),
             )  # fmt: skip
         return job_from_row(row) if row else None
 
@@ -1194,7 +1198,7 @@ class Store:
         """
         with self.writing():
             verdict = judge(job, outcome, settings, now, chance)
-            ended = self._change(
+            ended = self._run(
                 """UPDATE jobs SET state = :state, attempts = :attempts, due_at = :due_at, cancelling = 0,
                     updated_at = :now, finished_at = :finished_at, exit_code = :exit_code, error = :error
                 WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at
@@ -1216,7 +1220,7 @@ class Store:
         return bool(row and row[0])
 
     def _keep_attempt(self, job: Job, outcome: Outcome, now: int) -> None:
-        self._change(
+        self._run(
             """INSERT INTO attempts VALUES (:job, (SELECT count(*) FROM attempts WHERE job = :job) + 1,
                 :number, :worker, :started_at, :now, :exit_code, :signal, :ended_by, :error, :max_rss, :cpu_s,
                 :log_start, :log_end)""",
@@ -1233,7 +1237,7 @@ class Store:
     def restart_backoffs(self, now: int) -> None:
         """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
         with self.writing():
-            self._change(
+            self._run(
                 """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
                     WHERE state = 'failed' AND updated_at > :now AND due_at > updated_at""",
                 now=now,
@@ -1271,7 +1275,7 @@ class Store:
                 AND (:tag IS NULL OR tag = :tag) AND (:queue IS NULL OR queue = :queue)
                 ORDER BY seq DESC LIMIT :limit)"""
             f" ORDER BY {SORTS[sort.removeprefix('-')]} {'DESC' if sort.startswith('-') else ''}, seq",
-            states=_to_json(list(states)) if states else None,
+            states=_json_or_null(list(states) or None),
             tag=where.tag, queue=where.queue, limit=-1 if limit is None else limit,
         )  # fmt: skip
         return [job_from_row(row) for row in rows]
@@ -1281,7 +1285,7 @@ class Store:
         rows = self._all(
             _SELECT + """WHERE (:seqs IS NULL OR seq IN (SELECT value FROM json_each(:seqs)))
                 AND state IN ('dead', 'cancelled') ORDER BY seq LIMIT :limit""",
-            seqs=None if seqs is None else _to_json(seqs), limit=limit,
+            seqs=_json_or_null(seqs), limit=limit,
         )  # fmt: skip
         return [job_from_row(row) for row in rows]
 
@@ -1309,7 +1313,7 @@ class Store:
         row = self._one(
             f"""SELECT coalesce(sum(n), 0) FROM {source} WHERE (:queue IS NULL OR queue = :queue)
                 AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))""",
-            tag=where.tag, queue=where.queue, states=_to_json(list(states)) if states else None,
+            tag=where.tag, queue=where.queue, states=_json_or_null(list(states) or None),
         )  # fmt: skip
         return int(row[0])
 
@@ -1335,20 +1339,20 @@ class Store:
         with self.writing():
             chosen = self._choose(which, WAITING, "held" if hold else "released")
             for job in chosen:
-                self._change(
+                self._run(
                     "UPDATE jobs SET hold = :hold, updated_at = :now WHERE seq = :seq", seq=job.seq, hold=hold, now=now
                 )
         return [job.id for job in chosen]
 
     def cancel(self, which: Selection, now: int) -> list[Job]:
-        """Waiting jobs never run; those under way are marked, and their workers are to be rung. As they were."""
+        """Waiting jobs never run; those under way are marked, for their workers to be rung. The jobs as they were."""
         with self.writing():
             chosen = self._choose(which, OPEN, "cancelled")
             for job in chosen:
                 if job.state is State.PROCESSING:
-                    self._change("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
+                    self._run("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
                     continue
-                self._change(
+                self._run(
                     """UPDATE jobs SET state = 'cancelled', updated_at = :now, finished_at = :now
                     WHERE seq = :seq AND state IN ('pending', 'failed')""",
                     seq=job.seq, now=now,
@@ -1370,13 +1374,13 @@ class Store:
             for job in chosen:
                 self._refuse_overdrawn(job._replace(max_retries=spec.get("max_retries", job.max_retries)))
                 try:
-                    self._change(
+                    self._run(
                         f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
                     )
                 except sqlite3.IntegrityError:
                     raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
                 if "after" in spec:
-                    self._change("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
+                    self._run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
                     self._wait_for(job.seq, job.id, spec["after"] or (), now)
         return [job.id for job in chosen]
 
@@ -1411,7 +1415,7 @@ class Store:
             "SELECT seq FROM jobs WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq) ORDER BY seq", seq=job.seq
         )
         for row in rows:
-            self._change(
+            self._run(
                 """UPDATE jobs SET state = 'pending', attempts = 0, doomed_by = NULL, finished_at = NULL,
                     due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
                     error = CASE WHEN doomed_by IS NULL THEN error END
@@ -1450,7 +1454,7 @@ class Store:
                 time.sleep(0 if dry_run else PRUNE_REST_S)
         if not dry_run:
             with self.writing():
-                self._change("DELETE FROM counts WHERE n = 0")
+                self._run("DELETE FROM counts WHERE n = 0")
 
     def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
         with contextlib.nullcontext() if dry_run else self.writing():
@@ -1473,12 +1477,12 @@ class Store:
     def _remove(self, seqs: Sequence[int]) -> None:
         """Remove jobs, but keep what they have added to the tallies: those never go down."""
         for name, value in self._tallies(seqs).items():
-            self._change(
+            self._run(
                 "INSERT INTO past VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
                 name=name, value=value,
             )  # fmt: skip
         for seq in seqs:
-            self._change("DELETE FROM jobs WHERE seq = :seq", seq=seq)
+            self._run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
 
     # ---- workers
 
@@ -1493,7 +1497,7 @@ class Store:
             row = self._one(
                 """INSERT INTO workers (pid, host, slot, queues, drain, started_at)
                 VALUES (:pid, :host, :slot, :queues, :drain, :now) RETURNING id""",
-                pid=pid, host=host, slot=slot, queues=_to_json(queues) if queues else None, drain=drain, now=now,
+                pid=pid, host=host, slot=slot, queues=_json_or_null(queues or None), drain=drain, now=now,
             )  # fmt: skip
             bell = open_bell(row[0])
             return next(worker for worker in self.workers() if worker.id == row[0]), bell
@@ -1501,7 +1505,7 @@ class Store:
     def unregister(self, worker: int) -> None:
         """A worker has left, or what it left behind has been put in order."""
         with self.writing():
-            self._change("DELETE FROM workers WHERE id = :worker", worker=worker)
+            self._run("DELETE FROM workers WHERE id = :worker", worker=worker)
 
     def workers(self) -> list[WorkerRow]:
         """Every registered worker, dead ones included: only the platform can tell."""
@@ -1521,7 +1525,7 @@ class Store:
         """Workers shall leave: `finish` after their job, `now` at once."""
         with self.writing():
             for worker in workers:
-                self._change("UPDATE workers SET stop = :how WHERE id = :worker", how=how, worker=worker)
+                self._run("UPDATE workers SET stop = :how WHERE id = :worker", how=how, worker=worker)
 
     def orders(self, worker: int, job: Job | None) -> Orders:
         """What a worker is to know now."""
@@ -1541,7 +1545,7 @@ class Store:
                 OR (state IN ('pending', 'failed') AND hold = 0 AND blockers = 0
                     AND queue NOT IN (SELECT name FROM queues WHERE paused)))
                 AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))) LIMIT 1""",
-            queues=None if queues is None else _to_json(queues),
+            queues=_json_or_null(queues),
         )
         return row is not None
 
@@ -1574,9 +1578,9 @@ class Store:
     def _set_queues(self, column: str, names: Sequence[str], value: int | None) -> None:
         with self.writing():
             for name in names:
-                self._change("INSERT OR IGNORE INTO queues (name) VALUES (:name)", name=name)
-                self._change(f"UPDATE queues SET {column} = :value WHERE name = :name", name=name, value=value)
-            self._change("DELETE FROM queues WHERE NOT paused AND max_running IS NULL")
+                self._run("INSERT OR IGNORE INTO queues (name) VALUES (:name)", name=name)
+                self._run(f"UPDATE queues SET {column} = :value WHERE name = :name", name=name, value=value)
+            self._run("DELETE FROM queues WHERE NOT paused AND max_running IS NULL")
 
     # ---- looking
 
@@ -1641,14 +1645,14 @@ class Store:
                         FROM attempts JOIN jobs ON jobs.seq = attempts.job
                         WHERE (:kind = 'run' OR n = 1) AND {which}))""",
                 kind=kind,
-                seqs=None if seqs is None else _to_json(seqs),
+                seqs=_json_or_null(seqs),
             )
             tallies |= {f"{kind} count": row[0], f"{kind} sum": row[1], f"{kind} cpu": row[2]}
             tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
         return tallies
 
     def cut_off(self, most: int = 1000) -> int:
-        """How many of the newest failed and of the newest dead jobs their time-out has ended."""
+        """How many of the newest failed and of the newest dead jobs were ended by their time-out."""
         row = self._one(
             """SELECT count(*) FROM (
                 SELECT * FROM (SELECT seq FROM jobs WHERE state = 'failed' ORDER BY seq DESC LIMIT :most) UNION ALL
@@ -1687,14 +1691,14 @@ class Store:
     def repair(self, now: int) -> None:
         """Make counters and links anew from the rows, and the indexes from the tables."""
         with self.writing():
-            self._change("REINDEX")
-            self._change("DELETE FROM counts")
-            self._change("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
-            self._change(
+            self._run("REINDEX")
+            self._run("DELETE FROM counts")
+            self._run("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
+            self._run(
                 """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
                     ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
             )
-            self._change(  # a worker that is not alive: the next that is will see to what it left
+            self._run(  # a worker that is not alive: the next that is will see to what it left
                 """INSERT INTO workers (id, pid, host, slot, started_at)
                     SELECT DISTINCT worker, 0, '', 0, :now FROM jobs
                     WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)""",
@@ -1743,8 +1747,8 @@ class Store:
     def _number_from(self, table: str, seq: int) -> None:
         """Let the next row of a table have a number above this one."""
         values = {"table": table, "seq": seq}
-        if not self._change("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
-            self._change("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
+        if not self._run("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
+            self._run("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
 
     # ---- config
 
@@ -1759,9 +1763,9 @@ class Store:
     def configure(self, key: str, value: Any) -> None:
         """Set a key, or with None go back to its default."""
         with self.writing():
-            self._change("DELETE FROM config WHERE key = :key", key=key)
+            self._run("DELETE FROM config WHERE key = :key", key=key)
             if value is not None:
-                self._change("INSERT INTO config VALUES (:key, :value)", key=key, value=_to_json(value))
+                self._run("INSERT INTO config VALUES (:key, :value)", key=key, value=_to_json(value))
 
 
 # ======================================================================== platform
@@ -2022,7 +2026,7 @@ if sys.platform == "win32":
         """A command in a job object of its own, which dies with this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, given: int | None = None
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, stdin: int | None = None
         ) -> None:
             line = _shell_line(command) if isinstance(command, str) else [_program(command[0], cwd, env), *command[1:]]
             env[MARK] = mark
@@ -2033,7 +2037,7 @@ if sys.platform == "win32":
                 with os.fdopen(open_log(log), "ab") as output:
                     self._popen = subprocess.Popen(
                         line, cwd=cwd, env=dict(spelled.values()),
-                        stdin=subprocess.DEVNULL if given is None else given, stdout=output, stderr=output,
+                        stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output, stderr=output,
                         # A hidden console of its own: no window, and no Ctrl-C that is meant for the worker.
                         creationflags=subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
                         | _CREATE_SUSPENDED,
@@ -2156,7 +2160,7 @@ if sys.platform == "win32":
         process.returncode = 0  # it is meant to outlive us
         return cast(TextIO, process.stdout)
 
-    def free_of_job(arguments: Sequence[str]) -> None:
+    def leave_job(arguments: Sequence[str]) -> None:
         """Let the workers that a job starts leave the job object of its attempt."""
         job = _open_job(os.environ.get(MARK, NO_ATTEMPT), _JOB_SET)
         if job is not None:
@@ -2427,7 +2431,7 @@ else:
         """A command in a session of its own, whose orphans come to this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, given: int | None = None
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, stdin: int | None = None
         ) -> None:
             self._mark, self._spared = mark, _own_children()
             self._exit: Exit | None = None
@@ -2439,7 +2443,7 @@ else:
                     _program(words[0], env.get("PATH", os.defpath)), words, env,
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-                        if given is None else (os.POSIX_SPAWN_DUP2, given, 0),
+                        if stdin is None else (os.POSIX_SPAWN_DUP2, stdin, 0),
                         (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
                         (os.POSIX_SPAWN_DUP2, 1, 2),
                     ],
@@ -2553,7 +2557,7 @@ else:
         finally:
             os._exit(0)
 
-    def free_of_job(arguments: Sequence[str]) -> None:
+    def leave_job(arguments: Sequence[str]) -> None:
         """Start over without the mark of the job that starts this worker: it is not of that attempt."""
         if os.environ.get(MARK, NO_ATTEMPT) != NO_ATTEMPT:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
@@ -2579,7 +2583,7 @@ def open_home() -> Home:
 
 
 def home_problems(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> Iterator[str]:
-    """What is wrong with a home beside its database, which tells whether it has a job and which workers there are."""
+    """What is wrong with a home besides its database, which tells whether it has a job and which workers there are."""
     for path in (home.path, home.database, home.worker_log):
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
             yield f"{path} cannot be read and written"
@@ -2985,17 +2989,17 @@ def hook_for(state: State | None, settings: Settings) -> str:
     return settings.on_dead if state is State.DEAD else ""
 
 
-def run_hook(line: str, home: Home, env: dict[str, str], facts: str, mark: str, bell: Bell) -> str | None:
-    """Run a hook with a job's facts as JSON on its standard input; what went wrong, if anything did."""
+def run_hook(line: str, home: Home, env: dict[str, str], document: str, mark: str, bell: Bell) -> str | None:
+    """Run a hook with a job as JSON on its standard input; what went wrong, if anything did."""
     import tempfile
 
     process = None
     deadline = time.monotonic() + HOOK_TIMEOUT_S
     try:
-        with tempfile.TemporaryFile() as given:
-            given.write(facts.encode())
-            given.seek(0)
-            process = Process(line, home.path, env, home.worker_log, mark, given.fileno())
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(document.encode())
+            stdin.seek(0)
+            process = Process(line, home.path, env, home.worker_log, mark, stdin.fileno())
         while not (exit := process.poll()) and time.monotonic() < deadline:
             bell.wait(min(LOOK_S, deadline - time.monotonic()), process)
         if not exit:
@@ -3089,21 +3093,25 @@ class Worker:
         if report and not ended:
             self._say(f"the result of job {report[0].id} came too late: refused")
         if _chance() < CHECKPOINT_CHANCE:
-            with contextlib.suppress(StoreError):  # whoever is next will try again
-                store.checkpoint()
+            self._checkpoint()
         return job
+
+    def _checkpoint(self) -> None:
+        with contextlib.suppress(StoreError):  # whoever is next will try again
+            self._store.checkpoint()
 
     def _run_hook(self, id: str, line: str) -> None:
         """Run the hook of a job that has ended; what goes wrong is noted, and changes nothing else."""
         with contextlib.suppress(QueueError):  # it may have been pruned meanwhile
             job = self._store.get(id)
-            facts = {
+            variables = {
                 "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state.value, "QUEUECTL_QUEUE": job.queue,
                 "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
                 "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
             }  # fmt: skip
             mark = mark_in(self._home, f"hook.{self._row.id}.{self._now()}")
-            trouble = run_hook(line, self._home, {**self._env, **facts}, json.dumps(job_json(job)), mark, self._bell)
+            document = json.dumps(job_json(job))
+            trouble = run_hook(line, self._home, {**self._env, **variables}, document, mark, self._bell)
             if trouble:
                 self._say(f"hook of job {job.id}: {trouble}")
 
@@ -3132,10 +3140,10 @@ class Worker:
 
     def _attempt(self, job: Job) -> Outcome:
         """Run a job once."""
-        facts = {"QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_QUEUE": job.queue}
+        variables = {"QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_QUEUE": job.queue}
         self._look_at = time.monotonic() + LOOK_S
         outcome = run_attempt(
-            job, self._home.log(job.id), self._spool, {**self._env, **facts, **(job.env or {})},
+            job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})},
             mark_in(self._home, job.mark), self._settings, self._bell, functools.partial(self._interrupted, job),
         )  # fmt: skip
         if outcome.end is End.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
@@ -3212,7 +3220,7 @@ class Worker:
         try:
             if clock_ms < self._clock_ms - 1000:
                 self._store.restart_backoffs(self._now())
-                self._seen = -1  # what we commit ourselves is no news to our connection
+                self._claim_anew()
             self._clock_ms = clock_ms
             for worker in self._store.worker_ids():
                 if worker != self._row.id and not is_alive(self._home, worker) and time.monotonic() >= self._bury_at:
@@ -3230,6 +3238,9 @@ class Worker:
             self._say(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
             if hook := hook_for(state, self._settings):
                 self._hooks.append((job.id, hook))
+        self._claim_anew()
+
+    def _claim_anew(self) -> None:
         self._seen = -1  # what we commit ourselves is no news to our connection
 
 
@@ -4082,7 +4093,7 @@ def worker() -> None:
 def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: bool, as_json: bool) -> None:
     """Start detached workers; returns once all are up."""
     refuse_both(foreground and "--foreground", as_json and "--json")
-    free_of_job(sys.argv[1:])
+    leave_job(sys.argv[1:])
     check_queues(queues)
     home = open_home()
     Store(home.database).close()

@@ -2723,12 +2723,12 @@ def seen_on_a_terminal(home: Home, *args: str, stream: str = "stdout", **env: st
 @posix
 def test_a_person_is_told_what_a_script_knows(home: Home) -> None:
     """On a terminal `enqueue` says that no worker is there, and `worker stop` what it waits for."""
-    assert b"no worker is running" in seen_on_a_terminal(home, "enqueue", "--", "sleep 1; exit 0", stream="stderr")
+    assert b"no worker is running" in seen_on_a_terminal(home, "enqueue", "--", "sleep 600", stream="stderr")
     same(home.run("enqueue", "--", "exit 0").err, "")
     home.start()
     until(lambda: home.store.counts()[q.State.PROCESSING])
     same(seen_on_a_terminal(home, "enqueue", "--", "exit 0", stream="stderr"), b"")
-    said = seen_on_a_terminal(home, "worker", "stop", stream="stderr")
+    said = seen_on_a_terminal(home, "worker", "stop", "--timeout", "0.1", stream="stderr")
     assert b"j0000001 among them" in said, said
 
 
@@ -3282,14 +3282,14 @@ q.check_fields = lambda fields: seen.append(1) or (die() if len(seen) == 50_000 
 def test_enqueue_killed_while_landing_stores_nothing(home: Home) -> None:
     """`enqueue -` killed with 100,000 jobs inserted and not committed leaves none of them, and the next one lands."""
     patch = """
-change = q.Store._change
+change = q.Store._run
 def change_and_die(store, sql, **values):
     found = change(store, sql, **values)
     if "INSERT INTO jobs" in sql:
         assert store._one("SELECT count(*) FROM jobs")[0] == 100_000
         die()
     return found
-q.Store._change = change_and_die"""
+q.Store._run = change_and_die"""
     killed_batch(home, patch)
     same(home.store.jobs(), [])
     is_well(home)

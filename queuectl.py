@@ -612,6 +612,8 @@ class Verdict(NamedTuple):
 
 def settings_for(job: Job, settings: Settings) -> Settings:
     """What holds for a job: what it says itself, and of the rest what the settings say."""
+    if job.max_retries is job.timeout is job.backoff_base is None:
+        return settings  # which is so of most
     own: dict[str, Any]
     own = {"max_retries": job.max_retries, "job_timeout": job.timeout, "backoff_base": job.backoff_base}
     return settings._replace(**{key: value for key, value in own.items() if value is not None})
@@ -1816,7 +1818,7 @@ class Home(NamedTuple):
 
     def log(self, job: str) -> str:
         """The file that takes a job's output."""
-        return os.path.join(self.logs, f"{job}.log")
+        return f"{self.logs}{os.sep}{job}.log"
 
     def spool(self, worker: int) -> str:
         """What a worker's job has written until its log is made: a name that no job can have.

@@ -1403,25 +1403,31 @@ class Store:
             for parent in self._hopeless_parents():
                 self._doom(parent, now)
             tried = [self.get(job.id) for job in chosen]
-            for job in tried:
-                if which.ids and job.state is State.DEAD:
-                    why = f"{job.error}: it cannot be retried before that"
-                    if self._is_key_taken(job):
-                        why = f"cannot be retried: another of key {job.key!r} has not ended"
-                    raise QueueError(f"job {job.id} {why}")
+            left = [job for job in tried if job.state is State.DEAD]
+            if which.ids and left:
+                raise QueueError(self._why_still_dead(left[0]))
         return [job.id for job in tried if job.state is not State.DEAD]
+
+    def _why_still_dead(self, job: Job) -> str:
+        if self._is_key_taken(job):
+            return f"job {job.id} cannot be retried: another of key {job.key!r} has not ended"
+        return f"job {job.id} {job.error}: it cannot be retried before that"
 
     def _revive(self, job: Job, now: int) -> None:
         """A dead job and what died because of it, as far as their keys are free and their parents there."""
         rows = self._all(
-            "SELECT seq FROM jobs WHERE state = 'dead' AND (seq = :seq OR doomed_by = :seq) ORDER BY seq", seq=job.seq
+            """WITH RECURSIVE below(seq) AS (SELECT :seq
+                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
+            SELECT seq FROM jobs WHERE seq IN below AND (seq = :seq OR doomed_by = :seq) ORDER BY seq""",
+            seq=job.seq,
         )
         for row in rows:
             self._run(
                 """UPDATE jobs SET state = 'pending', attempts = 0, doomed_by = NULL, finished_at = NULL,
                     due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
                     error = CASE WHEN doomed_by IS NULL THEN error END
-                WHERE seq = :seq AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
+                WHERE seq = :seq AND state = 'dead'
+                    AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
                         AND other.state IN ('pending', 'processing', 'failed'))
                     AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
                         AND parent NOT IN (SELECT seq FROM jobs))""",

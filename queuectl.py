@@ -1374,7 +1374,8 @@ class Store:
         with self.writing():
             chosen = self._choose(which, WAITING, "edited")
             for job in chosen:
-                self._refuse_overdrawn(job._replace(max_retries=spec.get("max_retries", job.max_retries)))
+                if "max_retries" in spec:
+                    self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
                 try:
                     self._run(
                         f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now

@@ -4642,14 +4642,17 @@ class Model:
     def retry(self, jobs: list[Known], is_named: bool, now: int) -> None:
         """Bring dead jobs back, and what died because of them; what can still not run dies again."""
         for job in jobs:
+            below = {job.seq}
+            for _ in self.jobs:
+                below |= {other.seq for other in self.jobs.values() if below & set(other.parents)}
             back = [
-                other for _, other in sorted(self.jobs.items())
-                if other.state is q.State.DEAD and set(other.parents) <= set(self.jobs)
-                and (other is job or (other.doomed_by == job.seq and not self.holder(other.has("key"))))
+                other for seq, other in sorted(self.jobs.items())
+                if seq in below and other.state is q.State.DEAD and set(other.parents) <= set(self.jobs)
+                and (other is job or other.doomed_by == job.seq)
             ]  # fmt: skip
             for other in back:
                 if self.holder(other.has("key")):
-                    raise Refused
+                    continue
                 other.state, other.attempts = q.State.PENDING, 0
                 other.due_at = other.run_at if (other.run_at or 0) > now else None
                 other.doomed_by = other.ended_at = None
@@ -4813,9 +4816,10 @@ def store_machine() -> Any:
                     if state is q.State.PROCESSING:
                         job.cancelling = True
                         continue
-                    if job.state in q.WAITING:  # its parent may just have taken it along
-                        job.state, job.ended_at = q.State.CANCELLED, self.now
-                    self.model.doom(job, self.now)
+                    job.state, job.ended_at = q.State.CANCELLED, self.now
+                for job in found:  # only now: what was to be cancelled is not dead
+                    if not job.cancelling:
+                        self.model.doom(job, self.now)
                 return [job.id for job in found]
 
             self.agree(lambda: [job.id for job in self.store.cancel(which, self.now)], expect)
@@ -4831,6 +4835,8 @@ def store_machine() -> Any:
                 for job in found:
                     holder = self.model.holder(spec.get("key"))
                     if holder and holder is not job:
+                        raise Refused
+                    if job.attempts > spec.get("max_retries", job.attempts):
                         raise Refused
                     job.fields = {**job.fields, **spec}
                     if "delay" in spec:

@@ -2656,7 +2656,10 @@ def publish(made: str, path: str) -> None:
 
 def size_of(path: str) -> int:
     """Bytes in a file; none where there is no file."""
-    return os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def make_private_file(path: str) -> None:

@@ -1453,14 +1453,17 @@ class Store:
     def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
         """Remove jobs that ended before a moment, a batch at a time; the ids of each batch.
 
-        The transactions are so small, and so far apart, that no worker waits for long.
+        The transactions are so small, and so far apart, that no worker waits for long, nor for the disk: a power
+        cut may bring the newest of them back.
         """
+        self._run("PRAGMA synchronous = NORMAL")
         for state in states:
             seq = 0
             while rows := self._prune_batch(state, seq, before, batch, dry_run):
                 yield [row[1] for row in rows]
                 seq = rows[-1][0]
                 time.sleep(0 if dry_run else PRUNE_REST_S)
+        self._run("PRAGMA synchronous = FULL")
         if not dry_run:
             with self.writing():
                 self._run("DELETE FROM counts WHERE n = 0")

@@ -612,7 +612,7 @@ class Verdict(NamedTuple):
 
 def settings_for(job: Job, settings: Settings) -> Settings:
     """What holds for a job: what it says itself, and of the rest what the settings say."""
-    if job.max_retries is job.timeout is job.backoff_base is None:
+    if job.max_retries is None and job.timeout is None and job.backoff_base is None:
         return settings  # which is so of most
     own: dict[str, Any]
     own = {"max_retries": job.max_retries, "job_timeout": job.timeout, "backoff_base": job.backoff_base}
@@ -893,8 +893,8 @@ def sqlite_version() -> str:
 class Transaction:
     """What happens inside `with` happens whole or not at all; entered again while it is open, it goes on."""
 
-    def __init__(self, db: sqlite3.Connection, change: Callable[[str], object], begin: str) -> None:
-        self._db, self._run, self._begin, self._depth = db, change, begin, 0
+    def __init__(self, db: sqlite3.Connection, run: Callable[[str], object], begin: str) -> None:
+        self._db, self._run, self._begin, self._depth = db, run, begin, 0
 
     def __enter__(self) -> None:
         if not self._depth:
@@ -914,7 +914,7 @@ class Transaction:
 
 
 class Store:
-    """The queue in its database; every method but `prune` is one transaction, or part of the one that is open.
+    """The queue in its database; every change but `prune` is one transaction, or part of the one that is open.
 
     What `enqueue` commits is on disk before it returns (`synchronous=FULL`); with `durable=False`,
     for workers, a power cut may take back the newest steps but leaves none half done.
@@ -3392,15 +3392,13 @@ def wait_for_jobs(
     `progress` hears how many have, `look` is called all the while.
     """
     deadline = time.monotonic() + timeout_s
-    seen = None
-    before = store.counts(seqs)
+    seen, before = None, None
     removed = 0  # of the dead and cancelled: that they are gone does not make them good
     while True:
         version = store.commits_seen()
         if version != seen:
             counts, seen = store.counts(seqs), version
-            fewer = {state: before[state] - counts[state] for state in State}
-            removed += max(0, min(sum(fewer.values()), sum(fewer[state] for state in HOPELESS)))
+            removed += removed_failures(before or counts, counts)
             before = counts
             progress(sum(counts[state] for state in ENDED))
             if not any(counts[state] for state in OPEN):
@@ -3409,6 +3407,12 @@ def wait_for_jobs(
             return None
         look()
         time.sleep(WAIT_LOOK_S)
+
+
+def removed_failures(before: Mapping[State, int], counts: Mapping[State, int]) -> int:
+    """How many dead or cancelled jobs went between two looks without coming back to life."""
+    fewer = {state: before[state] - counts[state] for state in State}
+    return max(0, min(sum(fewer.values()), sum(fewer[state] for state in HOPELESS)))
 
 
 def follow_log(
@@ -3959,13 +3963,13 @@ def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -
 _COMPLETIONS = {"cwd": complete_files, "after": complete_ids}
 
 
-def spellings(name: str) -> set[str]:
-    """A field as JSON has it, and as its option."""
-    return {name, name.replace("_", "-")}
+def as_option(name: str) -> str:
+    """The name of a field as its option bears it."""
+    return name.replace("_", "-")
 
 
 def _field_option(name: str, field: Field) -> Callable[[Any], Any]:
-    option = f"--{name.replace('_', '-')}"
+    option = f"--{as_option(name)}"
     if field.kind == "flag":
         return click.option(option, name, is_flag=True, help=field.help)
     return click.option(option, name, multiple=field.kind == "many", metavar=field.metavar, help=field.help,
@@ -4139,8 +4143,9 @@ def refuse_several(count: int) -> None:
 def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
     """Let each worker finish its job and leave; waits for them."""
     timeout_s = option_duration("--timeout", timeout)
-    busy = [row.job for row in living_workers(home, store) if row.job]
-    if busy and not now and sys.stderr.isatty():
+    is_watched = sys.stderr.isatty() and not now
+    busy = [row.job for row in living_workers(home, store) if row.job] if is_watched else []
+    if busy:
         say_aside(f"workers leave when their jobs have ended, {busy[0]} among them; to end those: worker stop --now")
     told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
     if left:
@@ -4208,6 +4213,12 @@ def show_jobs(home: Home, store: Store, where: Selection, states: Sequence[str],
     say(job_lines(jobs, found, store.how_many(where, states) - len(jobs), now_ms(), width()))
 
 
+def reason_of(home: Home, store: Store, job: Job) -> Reason:
+    """Why a job is not running now."""
+    [obstacles] = store.obstacles([job], living_workers(home, store))
+    return why_not_running(job, obstacles, now_ms())
+
+
 @cli.command()
 @id_argument
 @json_option
@@ -4216,8 +4227,7 @@ def show(home: Home, store: Store, id: str, as_json: bool) -> None:
     """Show one job, whole, with its attempts and why it is not running."""
     job = store.get(id)
     history = store.history(job)
-    [obstacles] = store.obstacles([job], living_workers(home, store))
-    reason = why_not_running(job, obstacles, now_ms())
+    reason = reason_of(home, store, job)
     if as_json:
         say_json(job_json(job) | {"reason": reason.why, "history": [attempt_json(a) for a in history]})
     else:
@@ -4243,8 +4253,7 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
             say_aside(f"job {how_ended(job)}")
         return
     if job.state in WAITING and not job.attempts:
-        [obstacles] = store.obstacles([job], living_workers(home, store))
-        say_aside(f"job {job.id} has not started: {why_not_running(job, obstacles, now_ms()).why}")
+        say_aside(f"job {job.id} has not started: {reason_of(home, store, job).why}")
     blocks = read_log(path, start, end)
     for block in blocks if raw else fold_returns(blocks):
         sys.stdout.buffer.write(block)
@@ -4307,8 +4316,7 @@ class Lookout:
         job = self._store.next_of(self._seqs)
         if not job:
             return None
-        [obstacles] = self._store.obstacles([job], living_workers(self._home, self._store))
-        reason = why_not_running(job, obstacles, now_ms())
+        reason = reason_of(self._home, self._store, job)
         return f"job {job.id}: {reason.why}; {reason.remedy}" if reason.why and reason.remedy else None
 
 
@@ -4340,7 +4348,7 @@ def cancel(home: Home, store: Store, which: Selection, as_json: bool) -> None:
 @cli.command(cls=TypedCommand)
 @selection_options
 @field_options(*(name for name in FIELDS if name not in ("id", "queue", "tag")))
-@click.option("--clear", type=click.Choice([word for name in CLEARABLE for word in spellings(name)]), multiple=True,
+@click.option("--clear", type=click.Choice(sorted({*CLEARABLE, *map(as_option, CLEARABLE)})), multiple=True,
               metavar="FIELD", help="As if nothing had been said of it; may be repeated.")  # fmt: skip
 @json_option
 @with_store

@@ -2894,6 +2894,14 @@ def test_wait_counts_those_that_failed_and_were_removed(home: Home) -> None:
     same((ran.code, json.loads(ran.out)["dead"], ran.err), (1, 1, "1 of 2 did not complete\n"))
 
 
+def test_wait_says_that_a_queue_is_paused(home: Home) -> None:
+    """A pause is named with the command that ends it."""
+    home.add(id="a")
+    home.run("queue", "pause", "default")
+    said = "job a: queue default paused; queuectl queue resume default\n"
+    same(home.run("wait", "--timeout", "0.1", code=124).err, said)
+
+
 def test_wait_says_what_keeps_jobs_from_ending(home: Home) -> None:
     """On hold, paused, or with nobody to run them: it is said, once, to who waits, also what a parent waits for."""
     start = "queuectl worker start"

@@ -23,16 +23,18 @@ What makes it right:
 The file, from top to bottom; a section uses only those above it:
 
     errors          what can go wrong, and the exit code of each
-    the job         states, fields, what input is legal, row to job
+    text            values to words, and words to values
+    model           states, jobs, attempts, and the rows that others pass about
+    fields          what input is legal, and how a command line names it
     settings        typed configuration, and when a failed job runs again
+    views           jobs and counts to text or JSON; pure
     schema          migrations, append-only
     store           all SQL, all of sqlite3
     platform        every difference between systems: spawn, end a tree, wait, wake
-    surroundings    the home on disk, the environment, the terminal
-    running         one attempt, from command to outcome; logs and hooks
+    home            the home on disk, the environment, the terminal
+    attempts        one attempt, from command to outcome; logs and hooks
     worker          claim, run, record
     control         starting and stopping workers, cancelling, waiting, following
-    views           jobs and counts to text or JSON
     commands        click, and nothing else knows click
 """
 
@@ -109,7 +111,132 @@ class StoreBusy(StoreError):
     """Another program held the database for longer than we wait."""
 
 
-# ======================================================================== the job
+# ======================================================================== text
+
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:ms|[smhdw])?")
+_UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def printable(text: str) -> str:
+    """Text with its control characters escaped, so that it cannot drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def cut(text: str, most: int) -> str:
+    """A text, no longer than that."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def number_of(count: int, what: str) -> str:
+    """`1 job`, `2 jobs`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def plain(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The end of an error about an unknown word: what was probably meant."""
+    import difflib  # needed only where something is wrong already
+
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def command_line(command: str | list[str]) -> str:
+    """A command as one would type it."""
+    import shlex
+
+    return command if isinstance(command, str) else shlex.join(command)
+
+
+def iso_time(ms: int | None) -> str | None:
+    """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
+    if ms is None:
+        return None
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+    moment = epoch + datetime.timedelta(milliseconds=ms)  # fromtimestamp fails on Windows from the year 3001 on
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def duration(seconds: float) -> str:
+    """A length of time, in the two units that matter."""
+    if seconds < 10:
+        return f"{seconds:.3g} s"
+    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    parts: list[str] = []
+    rest = round(seconds)
+    for name, size in units:
+        if rest >= size and len(parts) < 2:
+            parts.append(f"{rest // size} {name}")
+            rest %= size
+    return " ".join(parts)
+
+
+def ago(ms: int | None, now: int) -> str:
+    """A moment as it lies from now."""
+    if ms is None:
+        return "-"
+    away = abs(now - ms) / 1000
+    size, name = next((s, n) for s, n in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if away >= s or s == 1)
+    return f"{int(away / size)} {name} ago" if ms <= now else f"in {math.ceil(away / size)} {name}"
+
+
+def parse_number(text: str) -> int | float:
+    """The number that a word of the command line means."""
+    try:
+        return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else float(text)
+    except ValueError:
+        raise BadInput(f"must be a number, not {text!r}") from None
+
+
+def parse_duration(text: str) -> int | float:
+    """Seconds, from `90`, `90s`, `10m`, `1h30m` or `7d`."""
+    parts = _DURATION.findall(text.strip().lower())
+    if not parts or "".join(parts) != text.strip().lower() or (len(parts) > 1 and not parts[-1][-1].isalpha()):
+        raise BadInput(f"must be a duration like 90, 90s, 10m, 1h30m or 7d, not {text!r}")
+    units = [(part, part.lstrip("0123456789.")) for part in parts]
+    total = sum((float(part.removesuffix(unit)) * _UNIT_S[unit or "s"] for part, unit in units), 0.0)
+    return int(total) if total.is_integer() else total
+
+
+def parse_moment(text: str) -> int | float | str:
+    return parse_number(text) if re.fullmatch(r"\d+(\.\d*)?", text) else text
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise BadInput("a field is named twice")
+    return fields
+
+
+def _no_constant(word: str) -> Any:
+    raise BadInput(f"{word} is not a JSON number")
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant).decode
+
+
+def parse_job(text: str) -> Any:
+    """What a JSON text holds. BadInput points at the place where it breaks."""
+    try:
+        return _decode_json(text)
+    except json.JSONDecodeError as error:
+        eaten = "{" in text and ":" in text and '"' not in text
+        hint = "; the shell has eaten its quotes: use `enqueue -- COMMAND`" if eaten else ""
+        near = printable(text[max(0, error.pos - 10) : error.pos + 20])
+        what = error.msg.removesuffix(" at")
+        raise BadInput(f"not valid JSON, {what} at character {error.pos + 1} (near {near!r}){hint}") from None
+    except (RecursionError, ValueError):
+        raise BadInput("not valid JSON: nested too deep, or a number too long") from None
+
+
+# ======================================================================== model
 
 
 class State(str, enum.Enum):
@@ -232,12 +359,77 @@ class Outcome(NamedTuple):
     log_end: int | None = None
 
 
+class Selection(NamedTuple):
+    """The jobs that a command is about: those named, those of a tag or a queue, or all."""
+
+    ids: Sequence[str] = ()
+    tag: str | None = None
+    queue: str | None = None
+    every: bool = False
+
+
+EVERY_JOB = Selection(every=True)
+
+
+WORKER_STATES = ("idle", "busy", "stopping")
+
+
+class WorkerRow(NamedTuple):
+    """One row of `workers`, and the job that it has in hand."""
+
+    id: int
+    pid: int
+    host: str
+    slot: int
+    queues: list[str] | None
+    drain: bool
+    stop: str | None
+    started_at: int
+    job: str | None
+
+    @property
+    def state(self) -> str:
+        """What it is doing, one of WORKER_STATES."""
+        return "stopping" if self.stop else "busy" if self.job else "idle"
+
+    def takes(self, queue: str) -> bool:
+        """Would it run a job of this queue?"""
+        return not self.stop and (self.queues is None or queue in self.queues)
+
+
+class QueueRow(NamedTuple):
+    """A queue, its settings, and how many of its jobs are in each state."""
+
+    name: str
+    paused: bool
+    max_running: int | None
+    counts: dict[State, int]
+
+
+class Obstacles(NamedTuple):
+    """What may keep a job from running, besides its own row."""
+
+    parents: list[str]  # those that have not completed
+    paused: bool
+    max_running: int | None
+    running: int  # jobs of its queue
+    workers: list[WorkerRow]
+
+
+class Orders(NamedTuple):
+    """What a worker is told while it runs or waits."""
+
+    registered: bool  # False: it was taken for dead
+    stop: str | None = None
+    cancelling: bool = False
+
+
+# ======================================================================== fields
+
 Spec = dict[str, Any]  # the fields of a job to be, checked; Store._as_columns makes columns of them
 _Check = Callable[[Any], Any]
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
 _DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?")
-_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:ms|[smhdw])?")
-_UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def _text(value: Any) -> str:
@@ -349,34 +541,12 @@ def _nonempty(value: Any) -> str:
     return str(value)
 
 
-def parse_number(text: str) -> int | float:
-    """The number that a word of the command line means."""
-    try:
-        return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else float(text)
-    except ValueError:
-        raise BadInput(f"must be a number, not {text!r}") from None
-
-
-def parse_duration(text: str) -> int | float:
-    """Seconds, from `90`, `90s`, `10m`, `1h30m` or `7d`."""
-    parts = _DURATION.findall(text.strip().lower())
-    if not parts or "".join(parts) != text.strip().lower() or (len(parts) > 1 and not parts[-1][-1].isalpha()):
-        raise BadInput(f"must be a duration like 90, 90s, 10m, 1h30m or 7d, not {text!r}")
-    units = [(part, part.lstrip("0123456789.")) for part in parts]
-    total = sum((float(part.removesuffix(unit)) * _UNIT_S[unit or "s"] for part, unit in units), 0.0)
-    return int(total) if total.is_integer() else total
-
-
 def option_duration(option: str, text: str | None) -> float:
     """The seconds that an option of a command names; for ever where it is not given."""
     try:
         return math.inf if text is None else float(_number(0)(parse_duration(text)))
     except BadInput as error:
         raise BadInput(f"{option} {error}") from None
-
-
-def _parse_moment(text: str) -> int | float | str:
-    return parse_number(text) if re.fullmatch(r"\d+(\.\d*)?", text) else text
 
 
 def _parse_environment(words: Sequence[str]) -> dict[str, str]:
@@ -406,7 +576,7 @@ FIELDS = {
     "priority": Field(_integer(-(2**31), 2**31 - 1), "Higher runs first; default 0.", parse_number, metavar="N"),
     "max_retries": Field(_integer(0, 2**31 - 1), "How many retries; default by config.", parse_number, metavar="N"),
     "timeout": Field(_number(0), "Longest attempt, 0 for none; default by config.", parse_duration, metavar="TIME"),
-    "run_at": Field(_moment, "Not before: Unix seconds or ISO 8601.", _parse_moment, metavar="WHEN"),
+    "run_at": Field(_moment, "Not before: Unix seconds or ISO 8601.", parse_moment, metavar="WHEN"),
     "delay": Field(_number(0, high=MAX_DELAY_S), "Not before this long from now.", parse_duration, metavar="TIME"),
     "backoff_base": Field(_number(0, above=True), "Wait this ** n after failed attempt n.", parse_number, metavar="N"),
     "queue": Field(_name, "The queue that it waits in; default `default`.", metavar="Q"),
@@ -426,37 +596,38 @@ FIELDS = {
 BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {  # what holds where nothing is said
     "priority": 0, "queue": "default", "hold": False, "on_lost": "retry", "snooze": False,
 }  # fmt: skip
-CLEARABLE = [name for name in FIELDS if name not in ("id", "command", "delay", "cwd")]
+STORED = [name for name in FIELDS if name != "delay"]  # each is a column of `jobs`
+CLEARABLE = [name for name in STORED if name not in ("id", "command", "cwd")]
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """The end of an error about an unknown word: what was probably meant."""
-    import difflib  # needed only where something is wrong already
+def check_field(name: str, value: Any) -> Any:
+    """The value that a field holds, from what JSON gave. BadInput says what is wrong with it."""
+    if name not in FIELDS:
+        raise BadInput(f"unknown field {printable(name)!r}{nearest(name, FIELDS)}")
+    try:
+        return FIELDS[name].check(value)
+    except BadInput as error:
+        raise BadInput(f"field {name!r} {error}") from None
 
-    close = difflib.get_close_matches(word, list(words), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
+def check_fields(fields: Mapping[str, Any], now: int) -> Spec:
+    """The spec that these fields make; `delay` becomes a `run_at` that many seconds after `now` (ms).
 
-def check_fields(fields: Mapping[str, Any]) -> Spec:
-    """What these fields of a job mean. BadInput says which one is wrong and why."""
-    spec: Spec = {}
-    for name, value in fields.items():
-        if name not in FIELDS:
-            raise BadInput(f"unknown field {printable(name)!r}{nearest(name, FIELDS)}")
-        try:
-            spec[name] = FIELDS[name].check(value)
-        except BadInput as error:
-            raise BadInput(f"field {name!r} {error}") from None
-    if "delay" in spec and "run_at" in spec:
-        raise BadInput("fields 'delay' and 'run_at' exclude each other")
+    BadInput names the field that is wrong.
+    """
+    spec = {name: check_field(name, value) for name, value in fields.items()}
+    if "delay" in spec:
+        if "run_at" in spec:
+            raise BadInput("fields 'delay' and 'run_at' exclude each other")
+        spec["run_at"] = now + round(spec.pop("delay") * 1000)
     return spec
 
 
-def check_job(given: Any, defaults: Mapping[str, Any] | None = None) -> Spec:
+def check_job(given: Any, now: int, defaults: Mapping[str, Any] | None = None) -> Spec:
     """The spec of a whole job: of a JSON object, and of what holds where it says nothing."""
     if not isinstance(given, dict):
         raise BadInput('a job must be a JSON object like {"command": "echo hello"}')
-    spec = check_fields({**(defaults or {}), **given})
+    spec = check_fields({**(defaults or {}), **given}, now)
     if "command" not in spec:
         raise BadInput("field 'command' is missing")
     return spec
@@ -475,76 +646,26 @@ def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise BadInput("a field is named twice")
-    return fields
-
-
-def _no_constant(word: str) -> Any:
-    raise BadInput(f"{word} is not a JSON number")
-
-
-_decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant).decode
-
-
-def parse_job(text: str) -> Any:
-    """What a JSON text holds. BadInput points at the place where it breaks."""
-    try:
-        return _decode_json(text)
-    except json.JSONDecodeError as error:
-        eaten = "{" in text and ":" in text and '"' not in text
-        hint = "; the shell has eaten its quotes: use `enqueue -- COMMAND`" if eaten else ""
-        near = printable(text[max(0, error.pos - 10) : error.pos + 20])
-        what = error.msg.removesuffix(" at")
-        raise BadInput(f"not valid JSON, {what} at character {error.pos + 1} (near {near!r}){hint}") from None
-    except (RecursionError, ValueError):
-        raise BadInput("not valid JSON: nested too deep, or a number too long") from None
-
-
-def read_batch(lines: Iterable[bytes], defaults: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
+def read_batch(lines: Iterable[bytes], now: int, defaults: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
     """The specs of JSON Lines, each with the name of its line; blank lines are passed over."""
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
-                yield f"line {number}: ", check_job(parse_job(text), defaults)
+                yield f"line {number}: ", check_job(parse_job(text), now, defaults)
         except UnicodeDecodeError:
             raise BadInput(f"line {number}: is not UTF-8") from None
         except BadInput as error:
             raise BadInput(f"line {number}: {error}") from None
 
 
-def iso_time(ms: int | None) -> str | None:
-    """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
-    if ms is None:
-        return None
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-    moment = epoch + datetime.timedelta(milliseconds=ms)  # fromtimestamp fails on Windows from the year 3001 on
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def job_json(job: Job) -> dict[str, Any]:
     """A job as JSON shows it."""
-    shown = {name: getattr(job, name) for name in FIELDS if name != "delay"}
-    shown |= {"delay": None, "run_at": iso_time(job.run_at)}
-    shown |= {"state": job.state.value, "attempts": job.attempts}
+    shown = {name: getattr(job, name, None) for name in FIELDS}  # no job has a delay: it has become a run_at
+    shown |= {"run_at": iso_time(job.run_at), "state": job.state.value, "attempts": job.attempts}
     for name in ("created_at", "updated_at", "started_at", "finished_at"):
         shown[name] = iso_time(getattr(job, name))
     return shown | {"exit_code": job.exit_code, "error": job.error, "worker": job.worker}
-
-
-def printable(text: str) -> str:
-    """Text with its control characters escaped, so that it cannot drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def command_line(command: str | list[str]) -> str:
-    """A command as one would type it."""
-    import shlex
-
-    return command if isinstance(command, str) else shlex.join(command)
 
 
 # ======================================================================== settings
@@ -646,6 +767,354 @@ def judge(job: Job, outcome: Outcome, settings: Settings, now: int, chance: floa
     if final or job.attempts > settings.max_retries:
         return Verdict(State.DEAD, job.attempts)
     return Verdict(State.FAILED, job.attempts, None if outcome.end is End.LOST else later)
+
+
+# ======================================================================== views
+
+_COLOURS = {"completed": 32, "processing": 36, "failed": 33, "dead": 31, "cancelled": 90, "busy": 36, "stopping": 33}
+
+
+def coloured(word: str, text: str | None = None) -> str:
+    """A text in the colour of a state; whoever prints takes the colour off where it is not wanted."""
+    shown = word if text is None else text
+    return f"\x1b[{_COLOURS[word]}m{shown}\x1b[0m" if word in _COLOURS else shown
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """Lines of a table; the last column takes what room is left, the others a quarter of it at the most."""
+    most = max(12, width // 4)
+    sizes = [min(most, max(len(row[i]) for row in [head, *rows])) for i in range(len(head) - 1)]
+    room = max(10, width - sum(sizes) - 2 * len(sizes))
+    for row in [head, *rows]:
+        cells = [cut(cell, size).ljust(size) for cell, size in zip(row[:-1], sizes, strict=True)]
+        cells = [coloured(row[i], cells[i]) if head[i] == "STATE" else cells[i] for i in range(len(cells))]
+        yield "  ".join([*cells, cut(row[-1], room)]).rstrip()
+
+
+def attempt_json(attempt: Attempt) -> dict[str, Any]:
+    """An attempt as JSON shows it."""
+    return {
+        "number": attempt.number,
+        "started_at": iso_time(attempt.started_at),
+        "finished_at": iso_time(attempt.ended_at),
+        "worker": attempt.worker,
+        "exit_code": attempt.exit_code,
+        "signal": attempt.signal,
+        "ended_by": attempt.ended_by,
+        "error": attempt.error,
+        "max_rss_bytes": attempt.max_rss,
+        "cpu_seconds": attempt.cpu_s,
+    }
+
+
+class Reason(NamedTuple):
+    """Why a job is not running, and the command that would change that."""
+
+    why: str | None = None
+    remedy: str | None = None
+
+
+def why_not_running(job: Job, obstacles: Obstacles, now: int) -> Reason:
+    """The reason of a waiting job, of one whose worker is gone, and for a dead one the remedy alone."""
+    if job.state is State.DEAD:
+        again = obstacles.parents[:1] if job.blockers else [job.id]
+        return Reason(None, f"queuectl dlq retry {again[0]}" if again else None)
+    if job.state is State.PROCESSING and all(row.id != job.worker for row in obstacles.workers):
+        return Reason("its worker is gone", None if obstacles.workers else "queuectl worker start")
+    if job.state not in WAITING:
+        return Reason()
+    if job.hold:
+        return Reason("on hold", f"queuectl release {job.id}")
+    if obstacles.parents:
+        return Reason("after " + ", ".join(obstacles.parents), f"queuectl show {obstacles.parents[0]}")
+    if job.due_at is not None and job.due_at > now:
+        what = "retry due" if job.state is State.FAILED else "due"
+        return Reason(f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}")
+    if obstacles.paused:
+        return Reason(f"queue {job.queue} paused", f"queuectl queue resume {job.queue}")
+    if obstacles.max_running is not None and obstacles.running >= obstacles.max_running:
+        return Reason(
+            f"queue {job.queue} at its limit of {obstacles.max_running}", f"queuectl queue limit {job.queue} none"
+        )
+    if all(row.stop for row in obstacles.workers):
+        return Reason(nobody_works(obstacles.workers), "queuectl worker start")
+    if not any(row.takes(job.queue) for row in obstacles.workers):
+        return Reason(f"no worker takes queue {job.queue}", f"queuectl worker start --queue {job.queue}")
+    return Reason("waiting for a free worker")
+
+
+def nobody_works(workers: Sequence[WorkerRow]) -> str:
+    """Why there is no worker for what waits."""
+    return "every worker is leaving" if workers else "no worker is running"
+
+
+def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[list[str]]:
+    """The cells of `list`, a row for each job."""
+    return [
+        [
+            job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
+            why_not_running(job, obstacles, now).why or (job.state is State.DEAD and printable(job.error or "")) or "-",
+            printable(command_line(job.command)),
+        ]
+        for job, obstacles in zip(jobs, found, strict=True)
+    ]  # fmt: skip
+
+
+JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WHY", "COMMAND")
+_SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}  # what a narrow terminal need not show
+
+
+def job_lines(jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: int, width: int) -> Iterator[str]:
+    """What `list` prints."""
+    if not jobs and not more:
+        yield "no jobs"
+        return
+    if more:
+        yield f"({more} older jobs are not shown; --limit shows more)"
+    rows = job_rows(jobs, found, now)
+    said = [i for i, name in enumerate(JOB_HEAD) if width >= 100 or any(row[i] != _SILENT.get(name) for row in rows)]
+    yield from table([JOB_HEAD[i] for i in said], [[row[i] for i in said] for row in rows], width)
+
+
+def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str,
+               settings: Settings, now: int, width: int) -> Iterator[str]:  # fmt: skip
+    """What `show` prints."""
+    yield f"job        {job.id}"
+    yield f"command    {printable(command_line(job.command))}"
+    yield f"state      {coloured(job.state.value)}" + (f": {reason.why}" if reason.why else "")
+    if reason.remedy:
+        yield f"try        {reason.remedy}"
+    if job.error:
+        yield f"error      {printable(job.error)}"
+    yield f"attempts   {job.attempts} of at most {settings_for(job, settings).max_retries + 1}"
+    for name in FIELDS:
+        if name not in ("id", "command", "max_retries", "run_at", "env") and getattr(job, name, None):
+            yield f"{name:10} {printable(plain(getattr(job, name)))}"
+    if job.env:
+        yield f"env        {', '.join(printable(name) for name in job.env)} (values only with --json)"
+    moments = {"not before": job.run_at, "created": job.created_at, "started": job.started_at, "ended": job.finished_at}
+    for what, moment in moments.items():
+        if moment is not None:
+            yield f"{what:10} {iso_time(moment)} ({ago(moment, now)})"
+    yield f"log        {printable(log)}"
+    if history:
+        yield ""
+        yield from table(("TRY", "WORKER", "STARTED", "TOOK", "CPU", "MEMORY", "RESULT"), attempt_rows(history), width)
+
+
+def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
+    """The cells of a job's attempts."""
+    return [
+        [
+            str(a.number), str(a.worker), iso_time(a.started_at) or "", duration((a.ended_at - a.started_at) / 1000),
+            "-" if a.cpu_s is None else duration(a.cpu_s), "-" if a.max_rss is None else f"{a.max_rss >> 20} MiB",
+            printable(a.error or "completed"),
+        ]
+        for a in history
+    ]  # fmt: skip
+
+
+def worker_counts(workers: Sequence[WorkerRow]) -> dict[str, int]:
+    """How many workers are in each state."""
+    states = [row.state for row in workers]
+    return {state: states.count(state) for state in WORKER_STATES}
+
+
+def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
+                 cut_off: int) -> Iterator[str]:  # fmt: skip
+    """What `status` prints: where the jobs are, who works, and what to do."""
+    for state, n in counts.items():
+        yield f"{coloured(state.value, f'{state.value:11}')} {n}"
+    yield f"{'total':11} {sum(counts.values())}"
+    shown = ", ".join(f"{n} {state}" for state, n in worker_counts(workers).items() if n)
+    yield f"{'workers':11} {len(workers)}" + (f" ({shown})" if shown else "")
+    yield from hints(counts, workers, queues, lost, cut_off)
+
+
+def hints(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
+          cut_off: int) -> Iterator[str]:  # fmt: skip
+    """What stands in the way of the queue, each with the command that helps."""
+    if lost:
+        yield f"! {lost} dead worker(s) left jobs behind; a running worker sees to them: queuectl worker start"
+    staying = [row for row in workers if not row.stop]
+    if not staying and any(counts[state] for state in OPEN):
+        yield f"! {nobody_works(workers)}; start one: queuectl worker start"
+    for queue in queues:
+        if queue.paused:
+            yield f"! queue {queue.name} is paused; go on: queuectl queue resume {queue.name}"
+        elif staying and any(queue.counts[s] for s in WAITING) and not any(row.takes(queue.name) for row in staying):
+            yield f"! no worker takes queue {queue.name}: queuectl worker start --queue {queue.name}"
+    if cut_off:
+        yield f"! {cut_off} cut off by their time-out; raise it: queuectl config set job_timeout 10m"
+    if counts[State.DEAD]:
+        yield f"! {counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
+
+
+def queue_json(row: QueueRow) -> dict[str, Any]:
+    """A queue as JSON shows it."""
+    counts = {state.value: n for state, n in row.counts.items()}
+    return {"queue": row.name, "paused": row.paused, "limit": row.max_running, "jobs": counts}
+
+
+def queue_lines(rows: Sequence[QueueRow], width: int) -> Iterator[str]:
+    """What `queue list` prints."""
+    cells = [
+        [row.name, *(str(n) for n in row.counts.values()), str(row.max_running or "-"), "paused" if row.paused else "-"]
+        for row in rows
+    ]
+    yield from table(("QUEUE", *(state.value.upper() for state in State), "LIMIT", "PAUSED"), cells, width)
+
+
+def export_line(job: Job) -> str:
+    """A job as a line that `enqueue -` reads back."""
+    shown = {name: value for name, value in job_json(job).items() if name in FIELDS}
+    return json.dumps({name: value for name, value in shown.items() if value is not None})
+
+
+def status_json(
+    counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow]
+) -> dict[str, Any]:
+    """`status` as JSON."""
+    return {
+        "jobs": {state.value: n for state, n in counts.items()},
+        "total": sum(counts.values()),
+        "workers": {"total": len(workers), **worker_counts(workers)},
+        "paused": [row.name for row in queues if row.paused],
+    }
+
+
+def worker_json(row: WorkerRow) -> dict[str, Any]:
+    """A worker as JSON shows it."""
+    return {
+        "id": row.id, "pid": row.pid, "host": row.host, "slot": row.slot, "state": row.state, "job": row.job,
+        "queues": row.queues, "since": iso_time(row.started_at),
+    }  # fmt: skip
+
+
+def worker_lines(workers: Sequence[WorkerRow], now: int, width: int) -> Iterator[str]:
+    """What `worker list` prints."""
+    if not workers:
+        yield "no workers; start one: queuectl worker start"
+        return
+    rows = [
+        [
+            str(row.id), str(row.pid), printable(row.host), str(row.slot), row.state, ago(row.started_at, now),
+            row.job or "-", ", ".join(row.queues or ["all"]),
+        ]
+        for row in workers
+    ]  # fmt: skip
+    yield from table(("ID", "PID", "HOST", "SLOT", "STATE", "SINCE", "JOB", "QUEUES"), rows, width)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """p50, p95 and p99 of some values: the smallest that so many per cent do not exceed."""
+    ordered = sorted(values)
+    return {
+        f"p{p}": round(ordered[math.ceil(p / 100 * len(ordered)) - 1], 3) if ordered else None for p in (50, 95, 99)
+    }
+
+
+def metrics_json(
+    counts: Mapping[State, int], times: Sequence[tuple[int, int, int]], tallies: Mapping[str, float]
+) -> dict[str, Any]:
+    """How the queue has done."""
+    completed, dead = counts[State.COMPLETED], counts[State.DEAD]
+    ended = sorted(end for _, _, end in times)
+    span_s = max(1.0, (ended[-1] - ended[0]) / 1000) if ended else None
+    return {
+        "total": sum(counts.values()),
+        "completed": completed,
+        "dead": dead,
+        "success_rate": round(100 * completed / (completed + dead), 1) if completed + dead else None,
+        "wait_seconds": percentiles([max(0, start - since) / 1000 for since, start, _ in times]),
+        "run_seconds": percentiles([(end - start) / 1000 for _, start, end in times]),
+        "jobs_per_second": round(len(ended) / span_s, 3) if span_s else None,
+        "attempts": int(tallies["run count"]),
+        "cpu_seconds": round(tallies["run cpu"], 3),
+    }
+
+
+def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What `metrics` prints."""
+    rate = metrics["success_rate"]
+    yield f"📊 Total jobs: {metrics['total']}"
+    yield f"✅ Completed: {metrics['completed']}"
+    yield f"☠️ Dead: {metrics['dead']}"
+    yield f"Success rate: {'-' if rate is None else f'{rate:.1f}%'}"
+    for name, label in (("wait_seconds", "Wait"), ("run_seconds", "Run")):
+        shown = (f"{p} {'-' if v is None else duration(v)}" for p, v in metrics[name].items())
+        yield f"{label} time: {', '.join(shown)}"
+    speed = metrics["jobs_per_second"]
+    yield f"Attempts: {metrics['attempts']}, CPU time: {duration(metrics['cpu_seconds'])}"
+    yield f"Throughput: {'-' if speed is None else f'{speed:g} jobs/s'} over the newest completed jobs"
+
+
+def prometheus_lines(
+    queues: Sequence[QueueRow], workers: Sequence[WorkerRow], tallies: Mapping[str, float]
+) -> Iterator[str]:
+    """The same for Prometheus, in its text exposition format."""
+    yield "# HELP queuectl_jobs Jobs in each state."
+    yield "# TYPE queuectl_jobs gauge"
+    for queue in queues:
+        for state, n in queue.counts.items():
+            yield f'queuectl_jobs{{queue="{queue.name}",state="{state.value}"}} {n}'
+    yield "# HELP queuectl_workers Workers in each state."
+    yield "# TYPE queuectl_workers gauge"
+    yield from (f'queuectl_workers{{state="{state}"}} {n}' for state, n in worker_counts(workers).items())
+    yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
+    yield "# TYPE queuectl_cpu_seconds_total counter"
+    yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
+    for kind, what in (("wait", "From when a job could first run to its first start."), ("run", "Time of an attempt.")):
+        name = f"queuectl_{kind}_seconds"
+        yield f"# HELP {name} {what}"
+        yield f"# TYPE {name} histogram"
+        yield from (f'{name}_bucket{{le="{bucket}"}} {int(tallies[f"{kind} {bucket}"])}' for bucket in BUCKETS_S)
+        yield f'{name}_bucket{{le="+Inf"}} {int(tallies[f"{kind} count"])}'
+        yield f"{name}_sum {tallies[f'{kind} sum']}"
+        yield f"{name}_count {int(tallies[f'{kind} count'])}"
+
+
+def service_unit(python: str, program: str, home: str) -> str:
+    """A systemd user unit that runs one worker."""
+    return f"""[Unit]
+Description=queuectl worker %i
+
+[Service]
+Environment="QUEUECTL_HOME={home}"
+ExecStart="{python}" "{program}" worker start --foreground
+# SIGTERM goes to the worker alone: it finishes its job and leaves.
+KillMode=mixed
+TimeoutStopSec=infinity
+Restart=on-failure
+
+[Install]
+WantedBy=default.target
+"""
+
+
+def how_ended(job: Job) -> str:
+    """A job that did not complete, and why."""
+    return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
+
+
+def exit_code_of(job: Job, last: Attempt | None) -> int:
+    """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
+    if job.state is State.COMPLETED:
+        return 0
+    if job.state is State.CANCELLED and not (last and last.ended_by == End.CANCELLED.value):
+        return 1  # while it did not run
+    if last and last.ended_by == End.TIMED_OUT.value:
+        return EX_TIMED_OUT
+    if job.exit_code is None and last and last.signal:
+        return 128 + last.signal
+    return job.exit_code or 1
+
+
+def exit_code_of_all(counts: Mapping[State, int] | None) -> int:
+    """The same for several jobs: 0 where all completed; None is what a wait gives at its time-out."""
+    if counts is None:
+        return EX_TIMED_OUT
+    return int(any(counts[state] for state in HOPELESS))
 
 
 # ======================================================================== schema
@@ -785,72 +1254,6 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 # ======================================================================== store
 
-
-WORKER_STATES = ("idle", "busy", "stopping")
-
-
-class WorkerRow(NamedTuple):
-    """One row of `workers`, and the job that it has in hand."""
-
-    id: int
-    pid: int
-    host: str
-    slot: int
-    queues: list[str] | None
-    drain: bool
-    stop: str | None
-    started_at: int
-    job: str | None
-
-    @property
-    def state(self) -> str:
-        """What it is doing, one of WORKER_STATES."""
-        return "stopping" if self.stop else "busy" if self.job else "idle"
-
-    def takes(self, queue: str) -> bool:
-        """Would it run a job of this queue?"""
-        return not self.stop and (self.queues is None or queue in self.queues)
-
-
-class Selection(NamedTuple):
-    """The jobs that a command is about: those named, those of a tag or a queue, or all."""
-
-    ids: Sequence[str] = ()
-    tag: str | None = None
-    queue: str | None = None
-    every: bool = False
-
-
-EVERY_JOB = Selection(every=True)
-
-
-class QueueRow(NamedTuple):
-    """A queue, its settings, and how many of its jobs are in each state."""
-
-    name: str
-    paused: bool
-    max_running: int | None
-    counts: dict[State, int]
-
-
-class Obstacles(NamedTuple):
-    """What may keep a job from running, besides its own row."""
-
-    parents: list[str]  # those that have not completed
-    paused: bool
-    max_running: int | None
-    running: int  # jobs of its queue
-    workers: list[WorkerRow]
-
-
-class Orders(NamedTuple):
-    """What a worker is told while it runs or waits."""
-
-    registered: bool  # False: it was taken for dead
-    stop: str | None = None
-    cancelling: bool = False
-
-
 _Result = TypeVar("_Result")
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _COLUMNS = ", ".join(COLUMNS)
@@ -859,7 +1262,7 @@ SORTS = {  # what a list can be sorted by
     "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
     "created": "created_at", "changed": "updated_at",
 }  # fmt: skip
-_STAGED = (*(name for name in FIELDS if name != "delay"), "created_at")
+_STAGED = (*STORED, "created_at")
 _staged_row = operator.itemgetter(*_STAGED, "origin")
 
 
@@ -1069,7 +1472,7 @@ class Store:
         )
         self._run("DELETE FROM staged")
         rows = (
-            _staged_row({**BLANK, **self._as_columns(spec, now), "created_at": now, "origin": origin})
+            _staged_row({**BLANK, **self._as_columns(spec), "created_at": now, "origin": origin})
             for origin, spec in specs
         )
         columns = (*_STAGED, "origin")
@@ -1079,11 +1482,9 @@ class Store:
             )
 
     @staticmethod
-    def _as_columns(spec: Spec, now: int) -> dict[str, Any]:
+    def _as_columns(spec: Spec) -> dict[str, Any]:
         """The values of a spec as their columns hold them."""
-        values = {name: value for name, value in spec.items() if name != "delay"}
-        if "delay" in spec:
-            values["run_at"] = now + round(spec["delay"] * 1000)
+        values = dict(spec)
         for name in JSON_COLUMNS:
             if values.get(name) is not None:
                 values[name] = _to_json(values[name])
@@ -1366,7 +1767,7 @@ class Store:
 
     def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
         """Change fields of waiting jobs; the ids."""
-        values = self._as_columns(spec, now)
+        values = self._as_columns(spec)
         columns = ", ".join(f"{name} = :{name}" for name in values)
         if "run_at" in values:  # taken back, it leaves a backoff as it is
             values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
@@ -2576,7 +2977,7 @@ else:
             os.execve(sys.executable, command, {**os.environ, MARK: NO_ATTEMPT})
 
 
-# ======================================================================== surroundings
+# ======================================================================== home
 
 
 def open_home() -> Home:
@@ -2747,7 +3148,7 @@ def inherited_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_")}
 
 
-# ======================================================================== running
+# ======================================================================== attempts
 
 
 def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -3445,389 +3846,6 @@ def stop_workers(home: Home, store: Store, how: str, timeout_s: float) -> tuple[
     return told, left
 
 
-# ======================================================================== views
-
-_COLOURS = {"completed": 32, "processing": 36, "failed": 33, "dead": 31, "cancelled": 90, "busy": 36, "stopping": 33}
-
-
-def coloured(word: str, text: str | None = None) -> str:
-    """A text in the colour of a state; whoever prints takes the colour off where it is not wanted."""
-    shown = word if text is None else text
-    return f"\x1b[{_COLOURS[word]}m{shown}\x1b[0m" if word in _COLOURS else shown
-
-
-def duration(seconds: float) -> str:
-    """A length of time, in the two units that matter."""
-    if seconds < 10:
-        return f"{seconds:.3g} s"
-    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-    parts: list[str] = []
-    rest = round(seconds)
-    for name, size in units:
-        if rest >= size and len(parts) < 2:
-            parts.append(f"{rest // size} {name}")
-            rest %= size
-    return " ".join(parts)
-
-
-def ago(ms: int | None, now: int) -> str:
-    """A moment as it lies from now."""
-    if ms is None:
-        return "-"
-    away = abs(now - ms) / 1000
-    size, name = next((s, n) for s, n in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if away >= s or s == 1)
-    return f"{int(away / size)} {name} ago" if ms <= now else f"in {math.ceil(away / size)} {name}"
-
-
-def cut(text: str, most: int) -> str:
-    """A text, no longer than that."""
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
-    """Lines of a table; the last column takes what room is left, the others a quarter of it at the most."""
-    most = max(12, width // 4)
-    sizes = [min(most, max(len(row[i]) for row in [head, *rows])) for i in range(len(head) - 1)]
-    room = max(10, width - sum(sizes) - 2 * len(sizes))
-    for row in [head, *rows]:
-        cells = [cut(cell, size).ljust(size) for cell, size in zip(row[:-1], sizes, strict=True)]
-        cells = [coloured(row[i], cells[i]) if head[i] == "STATE" else cells[i] for i in range(len(cells))]
-        yield "  ".join([*cells, cut(row[-1], room)]).rstrip()
-
-
-def attempt_json(attempt: Attempt) -> dict[str, Any]:
-    """An attempt as JSON shows it."""
-    return {
-        "number": attempt.number,
-        "started_at": iso_time(attempt.started_at),
-        "finished_at": iso_time(attempt.ended_at),
-        "worker": attempt.worker,
-        "exit_code": attempt.exit_code,
-        "signal": attempt.signal,
-        "ended_by": attempt.ended_by,
-        "error": attempt.error,
-        "max_rss_bytes": attempt.max_rss,
-        "cpu_seconds": attempt.cpu_s,
-    }
-
-
-class Reason(NamedTuple):
-    """Why a job is not running, and the command that would change that."""
-
-    why: str | None = None
-    remedy: str | None = None
-
-
-def why_not_running(job: Job, obstacles: Obstacles, now: int) -> Reason:
-    """The reason of a waiting job, of one whose worker is gone, and for a dead one the remedy alone."""
-    if job.state is State.DEAD:
-        again = obstacles.parents[:1] if job.blockers else [job.id]
-        return Reason(None, f"queuectl dlq retry {again[0]}" if again else None)
-    if job.state is State.PROCESSING and all(row.id != job.worker for row in obstacles.workers):
-        return Reason("its worker is gone", None if obstacles.workers else "queuectl worker start")
-    if job.state not in WAITING:
-        return Reason()
-    if job.hold:
-        return Reason("on hold", f"queuectl release {job.id}")
-    if obstacles.parents:
-        return Reason("after " + ", ".join(obstacles.parents), f"queuectl show {obstacles.parents[0]}")
-    if job.due_at is not None and job.due_at > now:
-        what = "retry due" if job.state is State.FAILED else "due"
-        return Reason(f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}")
-    if obstacles.paused:
-        return Reason(f"queue {job.queue} paused", f"queuectl queue resume {job.queue}")
-    if obstacles.max_running is not None and obstacles.running >= obstacles.max_running:
-        return Reason(
-            f"queue {job.queue} at its limit of {obstacles.max_running}", f"queuectl queue limit {job.queue} none"
-        )
-    if all(row.stop for row in obstacles.workers):
-        return Reason(nobody_works(obstacles.workers), "queuectl worker start")
-    if not any(row.takes(job.queue) for row in obstacles.workers):
-        return Reason(f"no worker takes queue {job.queue}", f"queuectl worker start --queue {job.queue}")
-    return Reason("waiting for a free worker")
-
-
-def nobody_works(workers: Sequence[WorkerRow]) -> str:
-    """Why there is no worker for what waits."""
-    return "every worker is leaving" if workers else "no worker is running"
-
-
-def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[list[str]]:
-    """The cells of `list`, a row for each job."""
-    return [
-        [
-            job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
-            why_not_running(job, obstacles, now).why or (job.state is State.DEAD and printable(job.error or "")) or "-",
-            printable(command_line(job.command)),
-        ]
-        for job, obstacles in zip(jobs, found, strict=True)
-    ]  # fmt: skip
-
-
-JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WHY", "COMMAND")
-_SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}  # what a narrow terminal need not show
-
-
-def job_lines(jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: int, width: int) -> Iterator[str]:
-    """What `list` prints."""
-    if not jobs and not more:
-        yield "no jobs"
-        return
-    if more:
-        yield f"({more} older jobs are not shown; --limit shows more)"
-    rows = job_rows(jobs, found, now)
-    said = [i for i, name in enumerate(JOB_HEAD) if width >= 100 or any(row[i] != _SILENT.get(name) for row in rows)]
-    yield from table([JOB_HEAD[i] for i in said], [[row[i] for i in said] for row in rows], width)
-
-
-def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str,
-               settings: Settings, now: int, width: int) -> Iterator[str]:  # fmt: skip
-    """What `show` prints."""
-    yield f"job        {job.id}"
-    yield f"command    {printable(command_line(job.command))}"
-    yield f"state      {coloured(job.state.value)}" + (f": {reason.why}" if reason.why else "")
-    if reason.remedy:
-        yield f"try        {reason.remedy}"
-    if job.error:
-        yield f"error      {printable(job.error)}"
-    yield f"attempts   {job.attempts} of at most {settings_for(job, settings).max_retries + 1}"
-    for name in FIELDS:
-        if name not in ("id", "command", "max_retries", "run_at", "delay", "env") and getattr(job, name):
-            yield f"{name:10} {printable(plain(getattr(job, name)))}"
-    if job.env:
-        yield f"env        {', '.join(printable(name) for name in job.env)} (values only with --json)"
-    moments = {"not before": job.run_at, "created": job.created_at, "started": job.started_at, "ended": job.finished_at}
-    for what, moment in moments.items():
-        if moment is not None:
-            yield f"{what:10} {iso_time(moment)} ({ago(moment, now)})"
-    yield f"log        {printable(log)}"
-    if history:
-        yield ""
-        yield from table(("TRY", "WORKER", "STARTED", "TOOK", "CPU", "MEMORY", "RESULT"), attempt_rows(history), width)
-
-
-def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
-    """The cells of a job's attempts."""
-    return [
-        [
-            str(a.number), str(a.worker), iso_time(a.started_at) or "", duration((a.ended_at - a.started_at) / 1000),
-            "-" if a.cpu_s is None else duration(a.cpu_s), "-" if a.max_rss is None else f"{a.max_rss >> 20} MiB",
-            printable(a.error or "completed"),
-        ]
-        for a in history
-    ]  # fmt: skip
-
-
-def worker_counts(workers: Sequence[WorkerRow]) -> dict[str, int]:
-    """How many workers are in each state."""
-    states = [row.state for row in workers]
-    return {state: states.count(state) for state in WORKER_STATES}
-
-
-def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
-                 cut_off: int) -> Iterator[str]:  # fmt: skip
-    """What `status` prints: where the jobs are, who works, and what to do."""
-    for state, n in counts.items():
-        yield f"{coloured(state.value, f'{state.value:11}')} {n}"
-    yield f"{'total':11} {sum(counts.values())}"
-    shown = ", ".join(f"{n} {state}" for state, n in worker_counts(workers).items() if n)
-    yield f"{'workers':11} {len(workers)}" + (f" ({shown})" if shown else "")
-    yield from hints(counts, workers, queues, lost, cut_off)
-
-
-def hints(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
-          cut_off: int) -> Iterator[str]:  # fmt: skip
-    """What stands in the way of the queue, each with the command that helps."""
-    if lost:
-        yield f"! {lost} dead worker(s) left jobs behind; a running worker sees to them: queuectl worker start"
-    staying = [row for row in workers if not row.stop]
-    if not staying and any(counts[state] for state in OPEN):
-        yield f"! {nobody_works(workers)}; start one: queuectl worker start"
-    for queue in queues:
-        if queue.paused:
-            yield f"! queue {queue.name} is paused; go on: queuectl queue resume {queue.name}"
-        elif staying and any(queue.counts[s] for s in WAITING) and not any(row.takes(queue.name) for row in staying):
-            yield f"! no worker takes queue {queue.name}: queuectl worker start --queue {queue.name}"
-    if cut_off:
-        yield f"! {cut_off} cut off by their time-out; raise it: queuectl config set job_timeout 10m"
-    if counts[State.DEAD]:
-        yield f"! {counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
-
-
-def queue_json(row: QueueRow) -> dict[str, Any]:
-    """A queue as JSON shows it."""
-    counts = {state.value: n for state, n in row.counts.items()}
-    return {"queue": row.name, "paused": row.paused, "limit": row.max_running, "jobs": counts}
-
-
-def queue_lines(rows: Sequence[QueueRow], width: int) -> Iterator[str]:
-    """What `queue list` prints."""
-    cells = [
-        [row.name, *(str(n) for n in row.counts.values()), str(row.max_running or "-"), "paused" if row.paused else "-"]
-        for row in rows
-    ]
-    yield from table(("QUEUE", *(state.value.upper() for state in State), "LIMIT", "PAUSED"), cells, width)
-
-
-def export_line(job: Job) -> str:
-    """A job as a line that `enqueue -` reads back."""
-    shown = {name: value for name, value in job_json(job).items() if name in FIELDS}
-    return json.dumps({name: value for name, value in shown.items() if value is not None})
-
-
-def status_json(
-    counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow]
-) -> dict[str, Any]:
-    """`status` as JSON."""
-    return {
-        "jobs": {state.value: n for state, n in counts.items()},
-        "total": sum(counts.values()),
-        "workers": {"total": len(workers), **worker_counts(workers)},
-        "paused": [row.name for row in queues if row.paused],
-    }
-
-
-def worker_json(row: WorkerRow) -> dict[str, Any]:
-    """A worker as JSON shows it."""
-    return {
-        "id": row.id, "pid": row.pid, "host": row.host, "slot": row.slot, "state": row.state, "job": row.job,
-        "queues": row.queues, "since": iso_time(row.started_at),
-    }  # fmt: skip
-
-
-def worker_lines(workers: Sequence[WorkerRow], now: int, width: int) -> Iterator[str]:
-    """What `worker list` prints."""
-    if not workers:
-        yield "no workers; start one: queuectl worker start"
-        return
-    rows = [
-        [
-            str(row.id), str(row.pid), printable(row.host), str(row.slot), row.state, ago(row.started_at, now),
-            row.job or "-", ", ".join(row.queues or ["all"]),
-        ]
-        for row in workers
-    ]  # fmt: skip
-    yield from table(("ID", "PID", "HOST", "SLOT", "STATE", "SINCE", "JOB", "QUEUES"), rows, width)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """p50, p95 and p99 of some values: the smallest that so many per cent do not exceed."""
-    ordered = sorted(values)
-    return {
-        f"p{p}": round(ordered[math.ceil(p / 100 * len(ordered)) - 1], 3) if ordered else None for p in (50, 95, 99)
-    }
-
-
-def metrics_json(
-    counts: Mapping[State, int], times: Sequence[tuple[int, int, int]], tallies: Mapping[str, float]
-) -> dict[str, Any]:
-    """How the queue has done."""
-    completed, dead = counts[State.COMPLETED], counts[State.DEAD]
-    ended = sorted(end for _, _, end in times)
-    span_s = max(1.0, (ended[-1] - ended[0]) / 1000) if ended else None
-    return {
-        "total": sum(counts.values()),
-        "completed": completed,
-        "dead": dead,
-        "success_rate": round(100 * completed / (completed + dead), 1) if completed + dead else None,
-        "wait_seconds": percentiles([max(0, start - since) / 1000 for since, start, _ in times]),
-        "run_seconds": percentiles([(end - start) / 1000 for _, start, end in times]),
-        "jobs_per_second": round(len(ended) / span_s, 3) if span_s else None,
-        "attempts": int(tallies["run count"]),
-        "cpu_seconds": round(tallies["run cpu"], 3),
-    }
-
-
-def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """What `metrics` prints."""
-    rate = metrics["success_rate"]
-    yield f"📊 Total jobs: {metrics['total']}"
-    yield f"✅ Completed: {metrics['completed']}"
-    yield f"☠️ Dead: {metrics['dead']}"
-    yield f"Success rate: {'-' if rate is None else f'{rate:.1f}%'}"
-    for name, label in (("wait_seconds", "Wait"), ("run_seconds", "Run")):
-        shown = (f"{p} {'-' if v is None else duration(v)}" for p, v in metrics[name].items())
-        yield f"{label} time: {', '.join(shown)}"
-    speed = metrics["jobs_per_second"]
-    yield f"Attempts: {metrics['attempts']}, CPU time: {duration(metrics['cpu_seconds'])}"
-    yield f"Throughput: {'-' if speed is None else f'{speed:g} jobs/s'} over the newest completed jobs"
-
-
-def prometheus_lines(
-    queues: Sequence[QueueRow], workers: Sequence[WorkerRow], tallies: Mapping[str, float]
-) -> Iterator[str]:
-    """The same for Prometheus, in its text exposition format."""
-    yield "# HELP queuectl_jobs Jobs in each state."
-    yield "# TYPE queuectl_jobs gauge"
-    for queue in queues:
-        for state, n in queue.counts.items():
-            yield f'queuectl_jobs{{queue="{queue.name}",state="{state.value}"}} {n}'
-    yield "# HELP queuectl_workers Workers in each state."
-    yield "# TYPE queuectl_workers gauge"
-    yield from (f'queuectl_workers{{state="{state}"}} {n}' for state, n in worker_counts(workers).items())
-    yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
-    yield "# TYPE queuectl_cpu_seconds_total counter"
-    yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
-    for kind, what in (("wait", "From when a job could first run to its first start."), ("run", "Time of an attempt.")):
-        name = f"queuectl_{kind}_seconds"
-        yield f"# HELP {name} {what}"
-        yield f"# TYPE {name} histogram"
-        yield from (f'{name}_bucket{{le="{bucket}"}} {int(tallies[f"{kind} {bucket}"])}' for bucket in BUCKETS_S)
-        yield f'{name}_bucket{{le="+Inf"}} {int(tallies[f"{kind} count"])}'
-        yield f"{name}_sum {tallies[f'{kind} sum']}"
-        yield f"{name}_count {int(tallies[f'{kind} count'])}"
-
-
-def service_unit(python: str, program: str, home: str) -> str:
-    """A systemd user unit that runs one worker."""
-    return f"""[Unit]
-Description=queuectl worker %i
-
-[Service]
-Environment="QUEUECTL_HOME={home}"
-ExecStart="{python}" "{program}" worker start --foreground
-# SIGTERM goes to the worker alone: it finishes its job and leaves.
-KillMode=mixed
-TimeoutStopSec=infinity
-Restart=on-failure
-
-[Install]
-WantedBy=default.target
-"""
-
-
-def plain(value: Any) -> str:
-    """A value as one would type it."""
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def how_ended(job: Job) -> str:
-    """A job that did not complete, and why."""
-    return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
-
-
-def exit_code_of(job: Job, last: Attempt | None) -> int:
-    """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
-    if job.state is State.COMPLETED:
-        return 0
-    if job.state is State.CANCELLED and not (last and last.ended_by == End.CANCELLED.value):
-        return 1  # while it did not run
-    if last and last.ended_by == End.TIMED_OUT.value:
-        return EX_TIMED_OUT
-    if job.exit_code is None and last and last.signal:
-        return 128 + last.signal
-    return job.exit_code or 1
-
-
-def exit_code_of_all(counts: Mapping[State, int] | None) -> int:
-    """The same for several jobs: 0 where all completed; None is what a wait gives at its time-out."""
-    if counts is None:
-        return EX_TIMED_OUT
-    return int(any(counts[state] for state in HOPELESS))
-
-
 # ======================================================================== commands
 
 
@@ -3921,11 +3939,6 @@ def answer(as_json: bool, document: Any, lines: Iterable[str]) -> None:
         say(lines)
 
 
-def number_of(count: int, what: str) -> str:
-    """`1 job`, `2 jobs`."""
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
 def refuse_both(one: str | bool, other: str | bool) -> None:
     """BadInput where two options were given that exclude each other."""
     if one and other:
@@ -3995,7 +4008,9 @@ def tag_and_queue(command: Any) -> Any:
 
     @functools.wraps(command)
     def run(ids: Sequence[str] = (), every: bool = False, *, tag: str | None, queue: str | None, **options: Any) -> Any:
-        check_fields({name: value for name, value in (("tag", tag), ("queue", queue)) if value is not None})
+        for name, value in (("tag", tag), ("queue", queue)):
+            if value is not None:
+                check_field(name, value)
         return command(which=Selection(ids, tag, queue, every), **options)
 
     made = click.option("--queue", metavar="Q", help="Those of this queue.")(run)
@@ -4075,14 +4090,14 @@ def specs_given(
     words: Sequence[str], typed: Sequence[str] | None, file: Any, fields: dict[str, Any]
 ) -> Iterable[tuple[str, Spec]]:
     """The jobs that an `enqueue` names, in whichever of its forms."""
-    fields = {"cwd": here(), **fields}
+    fields, now = {"cwd": here(), **fields}, now_ms()
     if typed and not words and not file:
-        return [("", in_place(check_job({**fields, "command": as_typed(typed)})))]
+        return [("", in_place(check_job({**fields, "command": as_typed(typed)}, now)))]
     if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
-        batch = read_batch(file or sys.stdin.buffer, fields)
+        batch = read_batch(file or sys.stdin.buffer, now, fields)
         return ((where, in_place(spec)) for where, spec in batch)
     if len(words) == 1 and not file and typed is None and words[0].lstrip()[:1] in ("{", "["):
-        return [("", in_place(check_job(parse_job(words[0]), fields)))]
+        return [("", in_place(check_job(parse_job(words[0]), now, fields)))]
     if any(word.lstrip().startswith("{") or ":" in word for word in words):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
     raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
@@ -4095,7 +4110,7 @@ def as_typed(words: Sequence[str]) -> str | list[str]:
 
 def in_place(spec: Spec) -> Spec:
     """A spec whose directory is seen from here."""
-    return {**spec, **check_fields({"cwd": here(spec["cwd"])})}
+    return {**spec, "cwd": check_field("cwd", here(spec["cwd"]))}
 
 
 @cli.group()
@@ -4126,7 +4141,7 @@ def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: boo
 def check_queues(queues: Sequence[str]) -> None:
     """BadInput for a name that no queue can have."""
     for queue in queues:
-        check_fields({"queue": queue})
+        check_field("queue", queue)
 
 
 def refuse_several(count: int) -> None:
@@ -4377,7 +4392,7 @@ def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear
         refuse_both(name in fields and f"setting {name!r}", "--clear of it")
     if not fields and not cleared:
         raise BadInput("name a field to change, for example --priority 5")
-    spec = check_fields(fields)
+    spec = check_fields(fields, now_ms())
     return {**(in_place(spec) if "cwd" in spec else spec), **cleared}
 
 

@@ -199,7 +199,7 @@ class Home:
 
     def add_all(self, jobs: Iterable[dict[str, Any]]) -> list[str]:
         """Store jobs in one transaction."""
-        specs = [("", q.check_job({"cwd": str(self.work), **job})) for job in jobs]
+        specs = [("", q.check_job({"cwd": str(self.work), **job}, 0)) for job in jobs]
         return [id for id, _ in self.store.enqueue(specs, q.now_ms())]
 
     def job(self, id: str) -> q.Job:
@@ -417,7 +417,8 @@ def test_fields_every_one_is_taken() -> None:
         "after": ["x"], "hold": True, "on_lost": "dead", "ok_codes": [3], "no_retry_codes": [4, 5], "snooze": True,
     }  # fmt: skip
     same(set(given) | {"run_at"}, set(q.FIELDS))
-    same(q.check_job(given), given)
+    wanted = {name: value for name, value in given.items() if name != "delay"} | {"run_at": 3000}
+    same(q.check_job(given, 0), wanted)
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
@@ -451,30 +452,30 @@ def test_fields_bad_input_of_every_kind_is_refused() -> None:
     """A wrong type, range or character in any field is bad input, and the error names the field or the reason."""
     for fields, word in BAD_FIELDS:
         with refuses(q.BadInput, word):
-            print(f"\n  taken, but should not be: {q.check_fields(fields)}")
+            print(f"\n  taken, but should not be: {q.check_fields(fields, 0)}")
 
 
 def test_fields_a_job_must_be_an_object_with_a_command() -> None:
     """Other JSON than an object, and an object without a command, are refused."""
     for value in (None, 1, "x", [], [{"command": "x"}], True):
         with refuses(q.BadInput, "JSON object"):
-            q.check_job(value)
+            q.check_job(value, 0)
     with refuses(q.BadInput, "command"):
-        q.check_job({})
+        q.check_job({}, 0)
 
 
 def test_fields_an_unknown_one_is_refused_with_the_nearest() -> None:
     """A misspelt field is answered with the one that was meant."""
     with refuses(q.BadInput, "'max_retrys'", "'max_retries'"):
-        q.check_fields({"max_retrys": 1})
+        q.check_fields({"max_retrys": 1}, 0)
 
 
 def test_command_may_be_128_kib_and_no_more() -> None:
     """A command of 128 KiB is taken, a longer one is refused, counted in bytes."""
-    q.check_fields({"command": "x" * (128 * 1024 - 1)})
+    q.check_fields({"command": "x" * (128 * 1024 - 1)}, 0)
     for command in ("x" * 128 * 1024 + "x", ["x", "ä" * 65 * 1024]):
         with refuses(q.BadInput, "131072"):
-            q.check_fields({"command": command})
+            q.check_fields({"command": command}, 0)
 
 
 def test_parse_job_says_where_json_breaks() -> None:
@@ -495,7 +496,7 @@ def test_iso_time_reaches_as_far_as_a_job_may_be_put_off() -> None:
 def test_run_at_is_unix_seconds_or_iso_8601() -> None:
     """A start time may be Unix seconds or ISO 8601, which without a zone means local time."""
     def at(value: Any) -> int:
-        return int(q.check_fields({"run_at": value})["run_at"])
+        return int(q.check_fields({"run_at": value}, 0)["run_at"])
 
     local = datetime.datetime(2030, 1, 31, 18, 0).timestamp()
     same([at(0), at(1.5), at("2030-01-31T18:00Z"), at("2030-01-31T19:00:00.250+01:00"), at("2030-01-31 18:00")],
@@ -514,11 +515,11 @@ def test_parse_duration_takes_units() -> None:
 def test_read_batch_names_the_bad_line() -> None:
     """JSON Lines may have a byte order mark, blank lines and CRLF; a bad line is named by its number."""
     good = b'\xef\xbb\xbf{"command": "a"}\r\n\n  \n{"command": "b", "queue": "own"}'
-    found = [spec for _, spec in q.read_batch(good.splitlines(True), {"queue": "shared"})]
+    found = [spec for _, spec in q.read_batch(good.splitlines(True), 0, {"queue": "shared"})]
     same([(spec["command"], spec["queue"]) for spec in found], [("a", "shared"), ("b", "own")])
     for bad in (b'{"command": 1}', b"{", b"[]", b"\xff"):
         with refuses(q.BadInput, "line 3"):
-            list(q.read_batch([b'{"command": "a"}\n', b"\n", bad], {}))
+            list(q.read_batch([b'{"command": "a"}\n', b"\n", bad], 0, {}))
 
 
 def test_printable_escapes_what_drives_a_terminal() -> None:
@@ -706,7 +707,7 @@ def test_enqueue_ids_are_unique_without_regard_to_case(home: Home) -> None:
     home.add(id="Job")
     with refuses(q.QueueError, "exists"):
         home.add(id="jOB")
-    spec = q.check_fields({"command": "x", "id": "JOB", "cwd": "/"})
+    spec = q.check_fields({"command": "x", "id": "JOB", "cwd": "/"}, 0)
     same(list(home.store.enqueue([("", spec)], 0, skip_existing=True)), [("JOB", False)])
     same(len(home.store.jobs()), 1)
 
@@ -971,7 +972,7 @@ def test_edit_after_of_a_long_chain_refuses_every_cycle(home: Home) -> None:
     for n in range(1, 50):
         home.add(id=f"n{n}", after=[f"n{n - 1}"])
     with refuses(q.BadInput, "n0", "waits for it"):
-        home.store.edit(q.Selection(["n0"]), q.check_fields({"after": ["n49"]}), 1)
+        home.store.edit(q.Selection(["n0"]), q.check_fields({"after": ["n49"]}, 0), 1)
     same(home.job("n0").blockers, 0)
 
 
@@ -1058,7 +1059,7 @@ def test_store_says_in_one_line_that_another_program_holds_it(home: Home) -> Non
     with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with q.Store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds", "nothing was"):
-            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}))], 1)
+            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
         same([job["id"] for job in home.json("list")], ["a"])
     same(len(home.store.jobs()), 1)
 
@@ -1136,7 +1137,7 @@ def test_enqueue_from_a_slow_pipe_keeps_nobody_waiting(home: Home) -> None:
     process.stdin.flush()
     try:
         with q.Store(home.home.database, 3.0) as store:
-            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}))], 1)
+            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
     finally:
         process.communicate(timeout=DEADLINE_S)
     same((process.returncode, len(home.store.jobs())), (0, 20_002))
@@ -3282,7 +3283,7 @@ def test_enqueue_killed_while_staging_stores_nothing(home: Home) -> None:
     """`enqueue -` killed while it reads 100,000 lines leaves none of them."""
     patch = """
 check, seen = q.check_fields, []
-q.check_fields = lambda fields: seen.append(1) or (die() if len(seen) == 50_000 else check(fields))"""
+q.check_fields = lambda fields, now: seen.append(1) or (die() if len(seen) == 50_000 else check(fields, now))"""
     killed_batch(home, patch)
     same(home.store.jobs(), [])
     is_well(home)
@@ -4379,7 +4380,7 @@ def test_docs_a_section_uses_only_those_above_it() -> None:
 def test_docs_only_some_sections_know_the_system() -> None:
     """click, sqlite3 and the modules of the operating system are known only where the style allows."""
     may = {"click": {"commands"}, "sqlite3": {"store"}}
-    may |= {module: {"platform", "surroundings", "running"} for module in ("os", "signal", "subprocess", "ctypes")}
+    may |= {module: {"platform", "home", "attempts"} for module in ("os", "signal", "subprocess", "ctypes")}
     found = {(section_of(node.lineno), name) for node in ast.parse(SOURCE).body for name in names_used(node) & set(may)}
     same({(section, name) for section, name in found if section not in may[name] | {"head"}}, set())
     asked = [line for line in SOURCE.splitlines() if "sys.platform" in line]
@@ -4403,7 +4404,7 @@ def test_fields_no_json_whatever_is_more_than_bad_input() -> None:
     @given(jobs | values)
     def check(value: Any) -> None:
         with contextlib.suppress(q.BadInput):
-            q.check_job(value)
+            q.check_job(value, 0)
 
     check()
 
@@ -4595,7 +4596,7 @@ class Model:
             if holder:
                 told.append((holder.id, False))
                 continue
-            due = now + fields["delay"] * 1000 if fields.get("delay") else None
+            due = fields["run_at"] if fields.get("run_at", 0) > now else None
             job = Known(self.last + n, id, fields, run_at=due, due_at=due)
             new.append((job, fields.get("after", [])))
             self.jobs[job.seq] = job
@@ -4755,7 +4756,7 @@ def store_machine() -> Any:
 
         @rule(batch=st.lists(jobs, min_size=1, max_size=3), skip=st.booleans())
         def enqueue(self, batch: list[dict[str, Any]], skip: bool) -> None:
-            batch = [q.check_fields(self.with_parents(fields)) for fields in batch]
+            batch = [q.check_fields(self.with_parents(fields), self.now) for fields in batch]
             self.agree(
                 lambda: list(self.store.enqueue([("", dict(spec)) for spec in batch], self.now, skip_existing=skip)),
                 lambda: self.model.enqueue(batch, skip, self.now),
@@ -4836,7 +4837,7 @@ def store_machine() -> Any:
         def edit(self, which: q.Selection, spec: dict[str, Any]) -> None:
             if not spec:
                 return
-            spec = self.with_parents(spec)
+            spec = q.check_fields(self.with_parents(spec), self.now)
 
             def expect() -> list[str]:
                 found = self.chosen(which, q.WAITING)
@@ -4847,15 +4848,14 @@ def store_machine() -> Any:
                     if job.attempts > spec.get("max_retries", job.attempts):
                         raise Refused
                     job.fields = {**job.fields, **spec}
-                    if "delay" in spec:
-                        job.run_at = job.due_at = self.now + spec["delay"] * 1000 if spec["delay"] else None
+                    if "run_at" in spec:
+                        job.run_at = job.due_at = spec["run_at"] if spec["run_at"] > self.now else None
                     if "after" in spec:
                         job.parents = []
                         self.model.bind(job, spec["after"], self.now)
                 return [job.id for job in found]
 
-            checked = {name: q.FIELDS[name].check(value) for name, value in spec.items()}
-            self.agree(lambda: self.store.edit(which, checked, self.now), expect)
+            self.agree(lambda: self.store.edit(which, spec, self.now), expect)
 
         @rule(which=which | st.just(q.EVERY_JOB))
         def retry_dead(self, which: q.Selection) -> None:

@@ -41,7 +41,7 @@ SCRIPT = [sys.executable, os.path.join(HERE, "queuectl.py")]
 INSTALLED = [sys.executable, "-c", "import queuectl; queuectl.main()"]  # what the `queuectl` on a PATH does
 SHELL_TRUE, BARE_TRUE = "true", ["/bin/true"]
 TURNS = 3  # how often ours and the baseline take turns, where a turn takes seconds
-LOOK_S = 0.1  # how often the bench looks whether its jobs have ended
+POLL_S = 0.1  # how often the bench looks whether its jobs have ended
 
 
 # ======================================================================== rows and goals
@@ -157,7 +157,7 @@ class Bench:
         """A new one, with an empty queue."""
         os.environ["QUEUECTL_HOME"] = self.directory()
         home = q.open_home()
-        q.Store(home.database).close()
+        q.open_store(home.database).close()
         return home
 
     def env(self, home: q.Home | None = None) -> dict[str, str]:
@@ -201,7 +201,7 @@ class Bench:
         with self.workers(home, workers), contextlib.closing(sqlite3.connect(home.database)) as db:
             enqueue(home, [command] * jobs)
             while db.execute("SELECT sum(n) FROM counts WHERE state = 'completed'").fetchone() != (jobs,):
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
         [(first, last)] = rows(home, "SELECT min(started_at), max(finished_at) FROM jobs")
         return jobs / float(last - first) * 1000
 
@@ -229,8 +229,8 @@ def rows(home: q.Home, sql: str) -> list[tuple[Any, ...]]:
 
 def enqueue(home: q.Home, commands: Sequence[str | list[str]]) -> float:
     """Store jobs and wake a worker, as `enqueue` does; the moment when they were on disk."""
-    with q.Store(home.database) as store:
-        store.enqueue([("", {"command": command, "cwd": "/"}) for command in commands], q.now_ms())
+    with q.open_store(home.database) as store:
+        store.jobs.enqueue([("", {"command": command, "cwd": "/"}) for command in commands], q.now_ms())
         committed = time.perf_counter()
         q.wake_one(home, store)
     return committed
@@ -300,7 +300,7 @@ def _fill_kind(db: sqlite3.Connection, last: int, each: int, columns: Mapping[st
     values = {**same, "created_at": ":now - 9", "updated_at": ":now - 9", **columns}
     db.execute(
         f"""WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :each)
-        INSERT INTO jobs ({', '.join(values)}) SELECT {', '.join(values.values())} FROM numbers""",
+        INSERT INTO jobs ({", ".join(values)}) SELECT {", ".join(values.values())} FROM numbers""",
         {"last": last, "each": each, "now": q.now_ms()},
     )
 
@@ -309,11 +309,11 @@ class Exchanges:
     """A worker's side of a queue: what it does with the database between two jobs, and nothing else."""
 
     def __init__(self, home: q.Home) -> None:
-        self._store = q.Store(home.database, durable=False)
-        self._worker = self._store.register(
+        self._store = q.open_store(home.database, durable=False)
+        self._worker = self._store.workers.register(
             os.getpid(), "bench", None, False, q.now_ms(), open_bell=lambda worker: None, is_alive=lambda worker: True
         )[0].id
-        self._job = self._store.claim(self._worker, None, q.now_ms())
+        self._job = self._store.jobs.claim(self._worker, None, q.now_ms())
 
     def time_one(self) -> float:
         """Seconds that it takes to finish a job and claim the next, as Worker does it."""
@@ -321,15 +321,17 @@ class Exchanges:
 
     def _exchange(self) -> None:
         assert self._job, "the bench has claimed every job that it made"
-        with self._store.writing():
-            self._store.finish(self._job, q.Outcome(q.End.EXITED, 0), self._store.settings(), q.now_ms())
-            self._job = self._store.claim(self._worker, None, q.now_ms())
+        with self._store.db.writing():
+            self._store.jobs.finish(
+                self._job, q.Outcome(q.EndReason.EXITED, 0), self._store.config.settings(), q.now_ms()
+            )
+            self._job = self._store.jobs.claim(self._worker, None, q.now_ms())
 
     def close(self) -> None:
         """Leave, and leave nothing under way."""
         if self._job:
-            self._store.finish(self._job, q.Outcome(q.End.EXITED, 0), q.Settings(), q.now_ms())
-        self._store.unregister(self._worker)
+            self._store.jobs.finish(self._job, q.Outcome(q.EndReason.EXITED, 0), q.Settings(), q.now_ms())
+        self._store.workers.unregister(self._worker)
         self._store.close()
 
 
@@ -497,7 +499,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         with bench.workers(home, 8) as pids:
             enqueue(home, [SHELL_TRUE] * 160)
             while rows(home, "SELECT count(*) FROM jobs WHERE state = 'completed'") != [(160,)]:
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
             return statistics.mean(kib_of(pid, "smaps_rollup", "Pss") for pid in pids) / 1024
 
     def bare_python() -> float:
@@ -522,9 +524,7 @@ def memory_growth(bench: Bench) -> Iterator[Row]:
         assert child.stdout
         found = [int(line) / 1024 for line in child.stdout if line.strip().isdigit()]
     early, late = found
-    yield Row(
-        "memory of a worker after 100,000 jobs : 100", "MiB RSS", late, early, late / early, Goal("<=", 1.05)
-    )
+    yield Row("memory of a worker after 100,000 jobs : 100", "MiB RSS", late, early, late / early, Goal("<=", 1.05))
 
 
 def fill_waiting(home: q.Home, jobs: int) -> None:
@@ -544,7 +544,7 @@ def serve_instantly(jobs: int) -> None:
         done += 1
         if done in (100, jobs):
             print(kib_of(os.getpid(), "status", "VmRSS"), flush=True)
-        return q.Outcome(q.End.EXITED, 0)
+        return q.Outcome(q.EndReason.EXITED, 0)
 
     setattr(q, "run_attempt", instant)  # noqa: B010 -- it is to take anything
     q.serve(q.open_home(), (), drain=True)

@@ -29,7 +29,8 @@ The file, from top to bottom; a section uses only those above it:
     settings        typed configuration, and when a failed job runs again
     views           jobs and counts to text or JSON; pure
     schema          migrations, append-only
-    store           all SQL, all of sqlite3
+    database        the connection: transactions, waiting, durability; all of sqlite3
+    store           what a queue is, by noun: all SQL
     platform        every difference between systems: spawn, end a tree, wait, wake
     home            the home on disk, the environment, the terminal
     attempts        one attempt, from command to outcome; logs and hooks
@@ -61,16 +62,16 @@ import click
 
 __version__ = "1.0.0"
 
-LOOK_S = 0.25  # how often a worker looks for what no bell told it
-TEND_S = 1.0  # how often a worker looks for workers that died
+POLL_S = 0.25  # how often a worker looks for what no bell told it
+DUTY_S = 1.0  # how often a worker looks for workers that died
 HOOK_TIMEOUT_S = 30.0  # how long a hook may run
-PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
-WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
-BUSY_RESTS_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
+BUSY_TIMEOUT_S = 30.0  # how long a command waits for a database that another program holds
+WORKER_BUSY_TIMEOUT_S = 5.0  # the same for a worker, which then tries again
+BUSY_PAUSES_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
 TURN_S = 0.25  # how long a worker waits for its turn to write before it just tries
-PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
-WAIT_LOOK_S = 0.02  # how often a command that waits looks
-FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
+PRUNE_PAUSE_S = 0.01  # between two transactions of `prune`: others get their turn
+WAIT_POLL_S = 0.02  # how often a command that waits looks
+FOLLOW_POLL_S = 0.1  # how often `logs --follow` looks for more
 PAGE_BYTES = 2048  # a job's step changes six or seven pages, and the WAL takes them whole
 CHECKPOINT_CHANCE = 1 / 1500  # of a worker's steps: about 20 MB of the WAL, however many workers there are
 WORKER_CHECKPOINT_PAGES = 32_000  # of the WAL at which a checkpoint comes whatever chance says, in the middle of a step
@@ -109,6 +110,10 @@ class StoreError(QueueError):
 
 class StoreBusy(StoreError):
     """Another program held the database for longer than we wait."""
+
+
+class Conflict(StoreError):
+    """A row would break a rule of the schema: a key or an id that another bears."""
 
 
 # ======================================================================== text
@@ -256,7 +261,7 @@ HOPELESS = (State.DEAD, State.CANCELLED)  # what waits for such a job can never 
 ENDED = (State.COMPLETED, *HOPELESS)
 
 
-class End(enum.Enum):
+class EndReason(enum.Enum):
     """What brought an attempt to its end."""
 
     EXITED = "exited"  # its command, by itself or by somebody else's signal
@@ -293,7 +298,7 @@ class Job(NamedTuple):
     attempts: int  # attempts that count, the one under way included
     blockers: int  # parents that have not completed
     due_at: int | None  # not to be started before; None once that has passed
-    doomed_by: int | None  # seq of the parent that took it along to the dead
+    failed_parent: int | None  # seq of the parent that took it along to the dead
     cancelling: bool  # the attempt under way is to be ended, and the job with it
     created_at: int
     updated_at: int
@@ -338,7 +343,7 @@ class Attempt(NamedTuple):
     ended_at: int
     exit_code: int | None
     signal: int | None
-    ended_by: str  # the value of an End
+    ended_by: str  # the value of an EndReason
     error: str | None
     max_rss: int | None  # bytes, of its largest process
     cpu_s: float | None
@@ -349,7 +354,7 @@ class Attempt(NamedTuple):
 class Outcome(NamedTuple):
     """How an attempt ended."""
 
-    end: End
+    end: EndReason
     exit_code: int | None = None
     signal: int | None = None
     error: str | None = None
@@ -406,7 +411,7 @@ class QueueRow(NamedTuple):
     counts: dict[State, int]
 
 
-class Obstacles(NamedTuple):
+class WaitReasons(NamedTuple):
     """What may keep a job from running, besides its own row."""
 
     parents: list[str]  # those that have not completed
@@ -416,7 +421,7 @@ class Obstacles(NamedTuple):
     workers: list[WorkerRow]
 
 
-class Orders(NamedTuple):
+class StopRequest(NamedTuple):
     """What a worker is told while it runs or waits."""
 
     registered: bool  # False: it was taken for dead
@@ -723,7 +728,7 @@ def parse_setting(name: str, text: str) -> Any:
         raise BadInput(f"{key} {error}") from None
 
 
-class Verdict(NamedTuple):
+class Transition(NamedTuple):
     """What becomes of a job after an attempt."""
 
     state: State
@@ -750,23 +755,23 @@ def backoff_s(job: Job, settings: Settings, chance: float) -> float:
     return delay * (1 + settings.backoff_jitter * chance)
 
 
-def judge(job: Job, outcome: Outcome, settings: Settings, now: int, chance: float) -> Verdict:
+def decide(job: Job, outcome: Outcome, settings: Settings, now: int, chance: float) -> Transition:
     """What becomes of a job whose attempt ended so. Pure: the time and the dice are given."""
     code = outcome.exit_code
-    if outcome.end is End.EXITED and (code == 0 or code in (job.ok_codes or ())):
-        return Verdict(State.COMPLETED, job.attempts)
+    if outcome.end is EndReason.EXITED and (code == 0 or code in (job.ok_codes or ())):
+        return Transition(State.COMPLETED, job.attempts)
     settings = settings_for(job, settings)
     later = now + round(backoff_s(job, settings, chance) * 1000)
     if job.cancelling:
-        return Verdict(State.CANCELLED, job.attempts)
-    if outcome.end is End.GIVEN_BACK:
-        return Verdict(State.PENDING, job.attempts - 1)
-    if outcome.end is End.EXITED and code == EX_TEMPFAIL and job.snooze:
-        return Verdict(State.PENDING, job.attempts - 1, later)
-    final = code in (job.no_retry_codes or ()) or (outcome.end is End.LOST and job.on_lost == "dead")
+        return Transition(State.CANCELLED, job.attempts)
+    if outcome.end is EndReason.GIVEN_BACK:
+        return Transition(State.PENDING, job.attempts - 1)
+    if outcome.end is EndReason.EXITED and code == EX_TEMPFAIL and job.snooze:
+        return Transition(State.PENDING, job.attempts - 1, later)
+    final = code in (job.no_retry_codes or ()) or (outcome.end is EndReason.LOST and job.on_lost == "dead")
     if final or job.attempts > settings.max_retries:
-        return Verdict(State.DEAD, job.attempts)
-    return Verdict(State.FAILED, job.attempts, None if outcome.end is End.LOST else later)
+        return Transition(State.DEAD, job.attempts)
+    return Transition(State.FAILED, job.attempts, None if outcome.end is EndReason.LOST else later)
 
 
 # ======================================================================== views
@@ -814,7 +819,7 @@ class Reason(NamedTuple):
     remedy: str | None = None
 
 
-def why_not_running(job: Job, obstacles: Obstacles, now: int) -> Reason:
+def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
     """The reason of a waiting job, of one whose worker is gone, and for a dead one the remedy alone."""
     if job.state is State.DEAD:
         again = obstacles.parents[:1] if job.blockers else [job.id]
@@ -848,7 +853,7 @@ def nobody_works(workers: Sequence[WorkerRow]) -> str:
     return "every worker is leaving" if workers else "no worker is running"
 
 
-def job_rows(jobs: Sequence[Job], found: Sequence[Obstacles], now: int) -> list[list[str]]:
+def job_rows(jobs: Sequence[Job], found: Sequence[WaitReasons], now: int) -> list[list[str]]:
     """The cells of `list`, a row for each job."""
     return [
         [
@@ -864,7 +869,7 @@ JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WHY", "COMMAND"
 _SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}  # what a narrow terminal need not show
 
 
-def job_lines(jobs: Sequence[Job], found: Sequence[Obstacles], more: int, now: int, width: int) -> Iterator[str]:
+def job_lines(jobs: Sequence[Job], found: Sequence[WaitReasons], more: int, now: int, width: int) -> Iterator[str]:
     """What `list` prints."""
     if not jobs and not more:
         yield "no jobs"
@@ -1101,9 +1106,9 @@ def exit_code_of(job: Job, last: Attempt | None) -> int:
     """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
     if job.state is State.COMPLETED:
         return 0
-    if job.state is State.CANCELLED and not (last and last.ended_by == End.CANCELLED.value):
+    if job.state is State.CANCELLED and not (last and last.ended_by == EndReason.CANCELLED.value):
         return 1  # while it did not run
-    if last and last.ended_by == End.TIMED_OUT.value:
+    if last and last.ended_by == EndReason.TIMED_OUT.value:
         return EX_TIMED_OUT
     if job.exit_code is None and last and last.signal:
         return 128 + last.signal
@@ -1249,25 +1254,30 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             END""",
         ),
     ),
+    (
+        "2: the words of the field",
+        (
+            "ALTER TABLE past RENAME TO removed_tallies",
+            "DROP VIEW heads",
+            "ALTER TABLE jobs RENAME COLUMN doomed_by TO failed_parent",
+            # The best ready job of each queue that is neither paused nor full: few rows, however many jobs.
+            """CREATE VIEW claimable AS
+                SELECT best.seq, best.priority, best.queue FROM counts AS waiting
+                JOIN jobs AS best ON best.seq = (
+                    SELECT seq FROM jobs WHERE ready AND queue = waiting.queue ORDER BY priority DESC, seq LIMIT 1)
+                LEFT JOIN queues ON queues.name = waiting.queue
+                WHERE waiting.state IN ('pending', 'failed') AND waiting.n > 0
+                AND NOT coalesce(queues.paused, 0)
+                AND (queues.max_running IS NULL OR queues.max_running > coalesce((
+                    SELECT n FROM counts WHERE state = 'processing' AND queue = waiting.queue), 0))""",
+        ),
+    ),
 )
 
 
-# ======================================================================== store
+# ======================================================================== database
 
 _Result = TypeVar("_Result")
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_COLUMNS = ", ".join(COLUMNS)
-_SELECT = f"SELECT {_COLUMNS} FROM jobs "
-SORTS = {  # what a list can be sorted by
-    "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
-    "created": "created_at", "changed": "updated_at",
-}  # fmt: skip
-_STAGED = (*STORED, "created_at")
-_staged_row = operator.itemgetter(*_STAGED, "origin")
-
-
-def _json_or_null(value: Sequence[Any] | None) -> str | None:
-    return None if value is None else _to_json(value)
 
 
 def _is_busy(error: Exception) -> bool:
@@ -1316,62 +1326,55 @@ class Transaction:
                 self._run("ROLLBACK")
 
 
-class Store:
-    """The queue in its database; every change but `prune` is one transaction, or part of the one that is open.
+class Database:
+    """A connection to the database: transactions, waiting for others, durability, and the driver's errors made ours.
 
-    What `enqueue` commits is on disk before it returns (`synchronous=FULL`); with `durable=False`,
-    for workers, a power cut may take back the newest steps but leaves none half done.
+    What a command commits is on disk before it returns (`synchronous=FULL`). With `durable=False`, for workers,
+    a power cut may take back the newest steps but leaves none half done.
     """
 
-    def __init__(self, path: str, patience_s: float = PATIENCE_S, *, durable: bool = True) -> None:
+    def __init__(self, path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bool = True) -> None:
         if sqlite3.sqlite_version_info < (3, 35):
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
-        self.path, self.patience_s = path, patience_s
+        self.path, self.busy_timeout_s = path, busy_timeout_s
         try:
-            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+            self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
         except sqlite3.Error as error:
             raise _domain_error(path, error) from error
-        self._writing = Transaction(self._db, self._run, "BEGIN IMMEDIATE")
-        self._config: list[Any] = []  # the rows that the settings were made of
-        self._settings = Settings()
+        self._writing = Transaction(self._connection, self.run, "BEGIN IMMEDIATE")
+        self._staging = Transaction(self._connection, self.run, "BEGIN")
         try:
             self._bring_up()
-            self._run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self.wait_for_disk(durable)
             if not durable:
-                self._run(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
-                self._run(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
+                self.run(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
+                self.run(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
         except StoreError:
-            self._db.close()
+            self.close()
             raise
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the database."""
-        self._db.close()
+        self._connection.close()
 
-    # ---- the database itself
+    # ---- schema
 
     def _bring_up(self) -> None:
         """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
         if self._schema_version() == len(MIGRATIONS):
             return
-        self._run(f"PRAGMA page_size = {PAGE_BYTES}")
-        if self._one("PRAGMA journal_mode = WAL")[0] != "wal":
+        self.run(f"PRAGMA page_size = {PAGE_BYTES}")
+        if self.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
         with self.writing():  # two processes may be here at once: look again inside
             for _, statements in MIGRATIONS[self._schema_version() :]:
                 for statement in statements:
-                    self._run(statement)
-            self._run(f"PRAGMA user_version = {len(MIGRATIONS)}")
+                    self.run(statement)
+            self.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _schema_version(self) -> int:
         """The schema's version; StoreError where it is newer than this file, or not ours."""
-        version, application, has_tables = self._one(  # in one statement: another may be making them
+        version, application, has_tables = self.one(  # in one statement: another may be making them
             """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master)
             FROM pragma_user_version, pragma_application_id"""
         )
@@ -1381,298 +1384,202 @@ class Store:
             raise StoreError(f"{self.path} was made by a newer queuectl (schema {version}); upgrade queuectl")
         return int(version)
 
+    # ---- statements
+
     def writing(self) -> Transaction:
-        """One transaction, all or nothing; joins the one that is open."""
+        """One transaction that writes, all or nothing; joins the one that is open."""
         return self._writing
 
-    def _all(self, sql: str, **values: Any) -> list[Any]:
-        """Every row of a statement."""
-        return self._patiently(lambda: self._db.execute(sql, values).fetchall())
+    def staging(self) -> Transaction:
+        """One transaction on temporary tables; it locks nobody out."""
+        return self._staging
 
-    def _rows(self, sql: str) -> Iterator[Any]:
+    def all(self, sql: str, **values: Any) -> list[Any]:
+        """Every row of a statement."""
+        return self._until_free(lambda: self._connection.execute(sql, values).fetchall())
+
+    def rows(self, sql: str) -> Iterator[Any]:
         """The rows of a statement one by one, for those that may be many."""
         try:
-            for row in self._db.execute(sql):  # noqa: UP028 (that would close it, after the database perhaps)
+            for row in self._connection.execute(sql):  # noqa: UP028 (that would close it, after the database perhaps)
                 yield row
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
 
-    def _one(self, sql: str, **values: Any) -> Any:
-        rows = self._all(sql, **values)
+    def one(self, sql: str, **values: Any) -> Any:
+        rows = self.all(sql, **values)
         return rows[0] if rows else None
 
-    def _run(self, sql: str, **values: Any) -> int:
+    def run(self, sql: str, **values: Any) -> int:
         """Run a statement; how many rows it changed."""
-        return self._patiently(lambda: self._db.execute(sql, values).rowcount)
+        return self._until_free(lambda: self._connection.execute(sql, values).rowcount)
 
-    def _patiently(self, action: Callable[[], _Result]) -> _Result:
-        """What an action gives, tried again as long as others hold the database and our patience lasts.
-
-        SQLite itself would sleep for 1 ms at least, where a worker holds the lock for a tenth of that, and then
-        ever longer, up to 100 ms, while others come and go. A switch to WAL it does not wait for at all. Only
-        the rests count as waiting: a process that was stopped meanwhile has not looked.
-        """
-        left_s = self.patience_s
-        rest_s, most_s = BUSY_RESTS_S
-        while True:
-            try:
-                return action()
-            except sqlite3.IntegrityError:
-                raise
-            except (sqlite3.Error, UnicodeEncodeError) as error:
-                if not _is_busy(error) or left_s <= 0:
-                    raise _domain_error(self.path, error) from error
-            time.sleep(rest_s)
-            left_s -= rest_s
-            rest_s = min(2 * rest_s, most_s)
-
-    def _insert_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+    def insert_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run a statement for each row."""
         try:
-            self._db.executemany(sql, rows)
+            self._connection.executemany(sql, rows)
         except sqlite3.Error as error:
             raise _domain_error(self.path, error) from error
 
+    def _until_free(self, action: Callable[[], _Result]) -> _Result:
+        """What an action gives, tried again until nobody else holds the database or the busy timeout is over.
+
+        SQLite itself would sleep for 1 ms at least, where a worker holds the lock for a tenth of that, and then
+        ever longer, up to 100 ms, while others come and go. A switch to WAL it does not wait for at all. Only
+        the pauses count as waiting: a process that was stopped meanwhile has not tried.
+        """
+        left_s = self.busy_timeout_s
+        pause_s, most_s = BUSY_PAUSES_S
+        while True:
+            try:
+                return action()
+            except sqlite3.IntegrityError as error:
+                raise Conflict(str(error)) from error
+            except (sqlite3.Error, UnicodeEncodeError) as error:
+                if not _is_busy(error) or left_s <= 0:
+                    raise _domain_error(self.path, error) from error
+            time.sleep(pause_s)
+            left_s -= pause_s
+            pause_s = min(2 * pause_s, most_s)
+
+    # ---- change notice and durability
+
     def commits_seen(self) -> int:
         """A number that changes whenever another process has committed."""
-        return int(self._one("PRAGMA data_version")[0])
+        return int(self.one("PRAGMA data_version")[0])
 
     def checkpoint(self) -> None:
         """Carry what has been committed from the WAL into the database; waits for the disk, and holds up nobody."""
-        self._run("PRAGMA wal_checkpoint(PASSIVE)")
+        self.run("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def wait_for_disk(self, on: bool) -> None:
+        """Let commits return only once they are on disk, or before that."""
+        self.run(f"PRAGMA synchronous = {'FULL' if on else 'NORMAL'}")
 
     def sync(self) -> None:
         """Put on disk what has been committed so far, whatever `durable` says: only a commit that writes does."""
-        self._run("PRAGMA synchronous = FULL")
+        self.wait_for_disk(True)
         with self.writing():
-            self._run("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
-        self._run("PRAGMA synchronous = NORMAL")
+            self.run("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
+        self.wait_for_disk(False)
 
-    # ---- jobs in
+    # ---- copies
 
-    def enqueue(
-        self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False
-    ) -> Iterator[tuple[str, bool]]:
-        """Store jobs, all or none; the id of each, and whether it is new.
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with the file; nothing where it is whole."""
+        return [row[0] for row in self.all("PRAGMA integrity_check") if row[0] != "ok"]
 
-        Each spec comes with what an error about it begins with. A job whose key is taken is
-        not stored: the id of the one that bears it is returned. QueueError for an id that exists.
-        However many there are, they are collected in a temporary table first, which holds up
-        nobody, and take little memory.
+    def back_up(self, path: str) -> None:
+        """A consistent copy of the database, while workers go on."""
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                self._connection.backup(copy)
+        except sqlite3.Error as error:
+            raise _domain_error(path, error) from error
+
+    def restore(self, path: str, inspect: Callable[[Database], None]) -> None:
+        """Replace this database by a copy.
+
+        `inspect` is given a second connection to the queue as it is once nobody else can change it; it raises
+        where the queue is to stay as it is. StoreError where the copy is none, or damaged, or newer than this file.
         """
-        self._stage(specs, now)
+        seen: list[bool] = []
+
+        def inspect_once(*_: object) -> None:
+            if not seen:
+                seen.append(True)
+                with contextlib.closing(Database(self.path)) as before:
+                    inspect(before)
+
         with self.writing():
-            row = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
-            self._land(row[0] if row else 0, now, skip_existing)
-        return ((id, bool(is_new)) for id, is_new in self._rows("SELECT id, is_new FROM staged ORDER BY n"))
+            pass  # waits for others, and no longer than we do; the copying itself would wait for ever
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                _refuse_copy(path, copy)
+                # The progress call comes first with the lock taken, and before the last page.
+                copy.backup(self._connection, pages=10, progress=inspect_once)
+        except sqlite3.Error as error:
+            raise _domain_error(path, error) from error
+        self._bring_up()
 
-    def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
-        self._run(
-            f"""CREATE TEMP TABLE IF NOT EXISTS staged (n INTEGER PRIMARY KEY, id COLLATE NOCASE,
-                {", ".join(_STAGED[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
-        )
-        self._run("DELETE FROM staged")
-        rows = (
-            _staged_row({**BLANK, **self._as_columns(spec), "created_at": now, "origin": origin})
-            for origin, spec in specs
-        )
-        columns = (*_STAGED, "origin")
-        with Transaction(self._db, self._run, "BEGIN"):
-            self._insert_many(
-                f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
-            )
 
-    @staticmethod
-    def _as_columns(spec: Spec) -> dict[str, Any]:
-        """The values of a spec as their columns hold them."""
-        values = dict(spec)
-        for name in JSON_COLUMNS:
-            if values.get(name) is not None:
-                values[name] = _to_json(values[name])
-        return values
+def _refuse_copy(path: str, copy: sqlite3.Connection) -> None:
+    """StoreError where a copy cannot take the place of a queue."""
+    if copy.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise StoreError(f"{path} is no backup of a queue")
+    if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
+        raise StoreError(f"{path} is damaged; nothing was restored")
+    if copy.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
+        raise StoreError(f"{path} was made by a newer queuectl; upgrade queuectl")
 
-    def _land(self, last: int, now: int, skip_existing: bool) -> None:
-        """Make jobs of what is staged; they are numbered from `last` on."""
-        self._pass_over_existing(skip_existing)
-        self._make_up_ids(last)
-        self._land_where("key IS NULL", last, now)
-        for n, key in self._all("SELECT n, key FROM staged WHERE is_new AND key IS NOT NULL ORDER BY n"):
-            holder = self._one(
-                "SELECT id FROM jobs WHERE key = :key AND state IN ('pending', 'processing', 'failed')", key=key
-            )
-            if holder:
-                self._run("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder[0])
-            else:
-                self._land_where("n = :n", last, now, n=n)
-        for n, id, after, origin in self._all(
-            "SELECT n, id, after, origin FROM staged WHERE is_new AND after IS NOT NULL ORDER BY n"
-        ):
-            try:
-                self._wait_for(last + n, id, json.loads(after), now)
-            except QueueError as error:
-                raise type(error)(f"{origin}{error}") from None
 
-    def _make_up_ids(self, last: int) -> None:
-        """Ids that are short, never used twice, and sort as their jobs were made, up to 268 million of them."""
-        self._run("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
-        while self._run(
-            """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
-                OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
-        ):
-            pass  # somebody chose just the id that we made up
+# ======================================================================== store
 
-    def _land_where(self, condition: str, last: int, now: int, **values: int) -> None:
-        columns = ", ".join(_STAGED)
-        self._run(
-            f"""INSERT INTO jobs (seq, due_at, updated_at, {columns})
-                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, {columns}
-                FROM staged WHERE is_new AND {condition} ORDER BY n""",
-            **values, last=last, now=now,
-        )  # fmt: skip
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_COLUMNS = ", ".join(COLUMNS)
+_SELECT = f"SELECT {_COLUMNS} FROM jobs "
+SORTS = {  # what a list can be sorted by
+    "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
+    "created": "created_at", "changed": "updated_at",
+}  # fmt: skip
+_STAGED = (*STORED, "created_at")
+_staged_row = operator.itemgetter(*_STAGED, "origin")
 
-    def _pass_over_existing(self, skip_existing: bool) -> None:
-        """Staged ids that exist already, in the queue or further up, are no new jobs; QueueError unless wanted."""
-        if not self._one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
-            return
-        self._run("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
-        self._run(
-            """UPDATE staged SET is_new = 0 WHERE id IN (SELECT id FROM jobs) OR EXISTS (
-                SELECT 1 FROM staged AS above WHERE above.id = staged.id AND above.n < staged.n)"""
-        )
-        taken = self._one("SELECT id, origin FROM staged WHERE NOT is_new ORDER BY n LIMIT 1")
-        if taken and not skip_existing:
-            raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
 
-    def _wait_for(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
-        """Let a job wait for others; it dies at once of one that can never complete."""
-        found = [self.get(parent) for parent in parents]
-        for parent in found:
-            if parent.seq == seq or self._one(
-                """WITH RECURSIVE below(seq) AS (SELECT :seq
-                    UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
-                SELECT 1 FROM below WHERE seq = :parent""",
-                seq=seq, parent=parent.seq,
-            ):  # fmt: skip
-                raise BadInput(f"job {child} cannot wait for {parent.id}, which waits for it")
-            self._run("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=parent.seq, child=seq)
-        for parent in found:
-            if parent.state in HOPELESS:
-                self._doom(parent, now)
+def _states_in(states: Sequence[State]) -> str:
+    """A condition on the column `state`, in SQL."""
+    return f"state IN ({', '.join(repr(state.value) for state in states)})"
 
-    def _doom(self, parent: Job, now: int) -> None:
-        """What waits for a job that will never complete is dead with it, all the way down."""
-        self._run(
-            """WITH RECURSIVE doomed(seq) AS (SELECT child FROM dependencies WHERE parent = :parent
-                UNION SELECT child FROM dependencies JOIN doomed ON parent = doomed.seq)
-            UPDATE jobs SET state = 'dead', doomed_by = :parent, error = :error, updated_at = :now, finished_at = :now
-            WHERE seq IN doomed AND state IN ('pending', 'failed')""",
-            parent=parent.seq, error=f"waited for {parent.id}, which is {parent.state.value}", now=now,
-        )  # fmt: skip
 
-    # ---- a job's way
+IS_WAITING, IS_OPEN, IS_HOPELESS = map(_states_in, (WAITING, OPEN, HOPELESS))
 
-    def claim(self, worker: int, queues: Sequence[str] | None, now: int) -> Job | None:
-        """Take the best job that may run: highest priority first, then first enqueued.
 
-        Its cost depends on the number of queues that hold waiting jobs, not on the number of jobs.
-        None where nothing may run, and for a worker that is to stop or was taken for dead.
-        """
-        with self.writing():
-            self._run(
-                """UPDATE jobs SET due_at = NULL WHERE due_at IS NOT NULL AND due_at <= :now
-                    AND hold = 0 AND blockers = 0""",
-                now=now,
-            )
-            row = self._one(
-                f"""UPDATE jobs SET state = 'processing', attempts = attempts + 1, worker = :worker,
-                    started_at = :now, updated_at = :now, exit_code = NULL, error = NULL
-                WHERE seq = (SELECT seq FROM heads
-                    WHERE :queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))
-                    ORDER BY priority DESC, seq LIMIT 1)
-                AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND stop IS NULL)
-                RETURNING {_COLUMNS}""",
-                worker=worker, now=now, queues=_json_or_null(queues),
-            )  # fmt: skip
-        return job_from_row(row) if row else None
+def _json_or_null(value: Sequence[Any] | None) -> str | None:
+    return None if value is None else _to_json(value)
 
-    def finish(self, job: Job, outcome: Outcome, settings: Settings, now: int, chance: float = 0.0) -> State | None:
-        """End an attempt as the retry policy says; what the job has become.
 
-        None, and nothing changed, where that attempt of that worker is no longer under way.
-        """
-        with self.writing():
-            verdict = judge(job, outcome, settings, now, chance)
-            ended = self._run(
-                """UPDATE jobs SET state = :state, attempts = :attempts, due_at = :due_at, cancelling = 0,
-                    updated_at = :now, finished_at = :finished_at, exit_code = :exit_code, error = :error
-                WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at
-                AND cancelling = :cancelling""",
-                seq=job.seq, worker=job.worker, started_at=job.started_at, cancelling=job.cancelling, now=now,
-                state=verdict.state.value, attempts=verdict.attempts, due_at=verdict.due_at,
-                finished_at=now if verdict.state in ENDED else None, exit_code=outcome.exit_code, error=outcome.error,
-            )  # fmt: skip
-            if not ended:  # somebody has cancelled it meanwhile, or it is no longer ours
-                asked = not job.cancelling and self._is_cancelling(job)
-                return self.finish(job._replace(cancelling=True), outcome, settings, now, chance) if asked else None
-            self._keep_attempt(job, outcome, now)
-            if verdict.state in HOPELESS:
-                self._doom(job._replace(state=verdict.state), now)
-        return verdict.state
+def _as_columns(spec: Spec) -> dict[str, Any]:
+    """The values of a spec as their columns hold them."""
+    values = dict(spec)
+    for name in JSON_COLUMNS:
+        if values.get(name) is not None:
+            values[name] = _to_json(values[name])
+    return values
 
-    def _is_cancelling(self, job: Job) -> bool:
-        row = self._one("SELECT cancelling FROM jobs WHERE seq = :seq", seq=job.seq)
-        return bool(row and row[0])
 
-    def _keep_attempt(self, job: Job, outcome: Outcome, now: int) -> None:
-        self._run(
-            """INSERT INTO attempts VALUES (:job, (SELECT count(*) FROM attempts WHERE job = :job) + 1,
-                :number, :worker, :started_at, :now, :exit_code, :signal, :ended_by, :error, :max_rss, :cpu_s,
-                :log_start, :log_end)""",
-            job=job.seq, number=job.attempts, worker=job.worker, started_at=job.started_at, now=now,
-            exit_code=outcome.exit_code, signal=outcome.signal, ended_by=outcome.end.value, error=outcome.error,
-            max_rss=outcome.max_rss, cpu_s=outcome.cpu_s, log_start=outcome.log_start, log_end=outcome.log_end,
-        )  # fmt: skip
+class Queries:
+    """What is asked about jobs."""
 
-    def next_due(self) -> int | None:
-        """When the next job comes due."""
-        row = self._one("SELECT min(due_at) FROM jobs WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0")
-        return cast("int | None", row[0])
-
-    def restart_backoffs(self, now: int) -> None:
-        """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
-        with self.writing():
-            self._run(
-                """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
-                    WHERE state = 'failed' AND updated_at > :now AND due_at > updated_at""",
-                now=now,
-            )
-
-    def under_way(self, worker: int) -> list[Job]:
-        """The attempts that a worker has not ended: one at the most."""
-        rows = self._all(_SELECT + "WHERE state = 'processing' AND worker = :worker", worker=worker)
-        return [job_from_row(row) for row in rows]
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     # ---- choosing jobs
 
     def get(self, id: str) -> Job:
         """The job of that id; NotFound names the nearest among the newest thousand."""
-        row = self._one(_SELECT + "WHERE id = :id", id=id)
+        row = self._db.one(_SELECT + "WHERE id = :id", id=id)
         if not row:
             raise NotFound(f"no job {printable(id)!r}{nearest(id, self.newest_ids())}")
         return job_from_row(row)
 
     def newest_ids(self) -> list[str]:
         """The ids of the newest thousand jobs."""
-        return [row[0] for row in self._all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
+        return [row[0] for row in self._db.all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
 
     def exists(self, id: str) -> bool:
         """Is there a job of that id?"""
-        return self._one("SELECT 1 FROM jobs WHERE id = :id", id=id) is not None
+        return self._db.one("SELECT 1 FROM jobs WHERE id = :id", id=id) is not None
+
+    def key_holder(self, key: str | None) -> str | None:
+        """The id of the job that bears a key and has not ended."""
+        row = self._db.one(f"SELECT id FROM jobs WHERE key = :key AND {IS_OPEN}", key=key)
+        return row and str(row[0])
 
     def jobs(
         self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None, sort: str = "seq"
     ) -> list[Job]:
         """The newest jobs that fit, in the order of enqueueing or of a column."""
-        rows = self._all(
+        rows = self._db.all(
             f"SELECT * FROM ({_SELECT}"
             """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
                 AND (:tag IS NULL OR tag = :tag) AND (:queue IS NULL OR queue = :queue)
@@ -1685,9 +1592,9 @@ class Store:
 
     def not_completed(self, seqs: Sequence[int] | None, limit: int) -> list[Job]:
         """The first of these jobs, with None of all, that ended otherwise."""
-        rows = self._all(
-            _SELECT + """WHERE (:seqs IS NULL OR seq IN (SELECT value FROM json_each(:seqs)))
-                AND state IN ('dead', 'cancelled') ORDER BY seq LIMIT :limit""",
+        rows = self._db.all(
+            f"""{_SELECT} WHERE (:seqs IS NULL OR seq IN (SELECT value FROM json_each(:seqs)))
+                AND {IS_HOPELESS} ORDER BY seq LIMIT :limit""",
             seqs=_json_or_null(seqs), limit=limit,
         )  # fmt: skip
         return [job_from_row(row) for row in rows]
@@ -1695,12 +1602,13 @@ class Store:
     def next_of(self, seqs: Sequence[int] | None) -> Job | None:
         """What the end of these jobs, with None of all, hangs on first: one under way, or the oldest that could be."""
         if seqs is None:
-            firsts = (self._one("SELECT min(seq) FROM jobs WHERE state = :state", state=state.value) for state in OPEN)
+            oldest = "SELECT min(seq) FROM jobs WHERE state = :state"
+            firsts = (self._db.one(oldest, state=state.value) for state in OPEN)
             seqs = [first[0] for first in firsts if first]
-        row = self._one(
+        row = self._db.one(
             f"""WITH RECURSIVE needed(seq) AS (SELECT value FROM json_each(:seqs)
                 UNION SELECT parent FROM dependencies JOIN needed ON child = needed.seq)
-            {_SELECT} WHERE seq IN needed AND state IN ('processing', 'pending', 'failed') AND blockers = 0
+            {_SELECT} WHERE seq IN needed AND {IS_OPEN} AND blockers = 0
             ORDER BY state = 'processing' DESC, seq LIMIT 1""",
             seqs=_to_json(seqs),
         )
@@ -1708,19 +1616,9 @@ class Store:
 
     def chosen(self, which: Selection) -> list[Job]:
         """The jobs selected, in whatever state."""
-        return self._choose(which, list(State), "chosen")
+        return self.choose(which, list(State), "chosen")
 
-    def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
-        """How many jobs fit; from the counts where no tag is asked for."""
-        source = "(SELECT queue, state, tag, 1 AS n FROM jobs WHERE tag = :tag)" if where.tag else "counts"
-        row = self._one(
-            f"""SELECT coalesce(sum(n), 0) FROM {source} WHERE (:queue IS NULL OR queue = :queue)
-                AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))""",
-            tag=where.tag, queue=where.queue, states=_json_or_null(list(states) or None),
-        )  # fmt: skip
-        return int(row[0])
-
-    def _choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
+    def choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
         """The jobs selected, all of them in one of the states; QueueError for a named one that is not."""
         if which.ids and (which.tag or which.queue or which.every):
             raise BadInput("name jobs by id, or choose them with --tag, --queue or --all: not both")
@@ -1735,287 +1633,40 @@ class Store:
             raise BadInput(f"name jobs by id, or choose them with {choices}")
         return self.jobs(which, states)
 
-    # ---- commands about jobs
+    def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
+        """How many jobs fit; from the counts where no tag is asked for."""
+        source = "(SELECT queue, state, tag, 1 AS n FROM jobs WHERE tag = :tag)" if where.tag else "counts"
+        row = self._db.one(
+            f"""SELECT coalesce(sum(n), 0) FROM {source} WHERE (:queue IS NULL OR queue = :queue)
+                AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))""",
+            tag=where.tag, queue=where.queue, states=_json_or_null(list(states) or None),
+        )  # fmt: skip
+        return int(row[0])
 
-    def set_hold(self, which: Selection, hold: bool, now: int) -> list[str]:
-        """Keep waiting jobs from starting, or let them go; the ids."""
-        with self.writing():
-            chosen = self._choose(which, WAITING, "held" if hold else "released")
-            for job in chosen:
-                self._run(
-                    "UPDATE jobs SET hold = :hold, updated_at = :now WHERE seq = :seq", seq=job.seq, hold=hold, now=now
-                )
-        return [job.id for job in chosen]
-
-    def cancel(self, which: Selection, now: int) -> list[Job]:
-        """Waiting jobs never run; those under way are marked, for their workers to be rung. The jobs as they were."""
-        with self.writing():
-            chosen = self._choose(which, OPEN, "cancelled")
-            for job in chosen:
-                if job.state is State.PROCESSING:
-                    self._run("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
-                    continue
-                self._run(
-                    """UPDATE jobs SET state = 'cancelled', updated_at = :now, finished_at = :now
-                    WHERE seq = :seq AND state IN ('pending', 'failed')""",
-                    seq=job.seq, now=now,
-                )  # fmt: skip
-            for job in chosen:  # only now: one that waits for another of them is cancelled, and not dead
-                if job.state in WAITING:
-                    self._doom(job._replace(state=State.CANCELLED), now)
-        return chosen
-
-    def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
-        """Change fields of waiting jobs; the ids."""
-        values = self._as_columns(spec)
-        columns = ", ".join(f"{name} = :{name}" for name in values)
-        if "run_at" in values:  # taken back, it leaves a backoff as it is
-            values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
-            columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
-        with self.writing():
-            chosen = self._choose(which, WAITING, "edited")
-            for job in chosen:
-                if "max_retries" in spec:
-                    self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
-                try:
-                    self._run(
-                        f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
-                    )
-                except sqlite3.IntegrityError:
-                    raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
-                if "after" in spec:
-                    self._run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
-                    self._wait_for(job.seq, job.id, spec["after"] or (), now)
-        return [job.id for job in chosen]
-
-    def _refuse_overdrawn(self, job: Job) -> None:
-        """QueueError for a job that would have failed more often than it may, and so be dead."""
-        if job.attempts > settings_for(job, self.settings()).max_retries:
-            raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
-
-    def retry_dead(self, which: Selection, now: int) -> list[str]:
-        """Dead jobs back to `pending` with no attempts made, and with them what died because of them.
-
-        One whose parent can still not complete, or whose key is taken, stays dead; QueueError where it was named.
-        """
-        with self.writing():
-            chosen = self._choose(which, [State.DEAD], "retried")
-            for job in chosen:
-                self._revive(job, now)
-            for parent in self._hopeless_parents():
-                self._doom(parent, now)
-            tried = [self.get(job.id) for job in chosen]
-            left = [job for job in tried if job.state is State.DEAD]
-            if which.ids and left:
-                raise QueueError(self._why_still_dead(left[0]))
-        return [job.id for job in tried if job.state is not State.DEAD]
-
-    def _why_still_dead(self, job: Job) -> str:
-        if self._is_key_taken(job):
-            return f"job {job.id} cannot be retried: another of key {job.key!r} has not ended"
-        return f"job {job.id} {job.error}: it cannot be retried before that"
-
-    def _revive(self, job: Job, now: int) -> None:
-        """A dead job and what died because of it, as far as their keys are free and their parents there."""
-        rows = self._all(
-            """WITH RECURSIVE below(seq) AS (SELECT :seq
-                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
-            SELECT seq FROM jobs WHERE seq IN below AND (seq = :seq OR doomed_by = :seq) ORDER BY seq""",
-            seq=job.seq,
-        )
-        for row in rows:
-            self._run(
-                """UPDATE jobs SET state = 'pending', attempts = 0, doomed_by = NULL, finished_at = NULL,
-                    due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
-                    error = CASE WHEN doomed_by IS NULL THEN error END
-                WHERE seq = :seq AND state = 'dead'
-                    AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
-                        AND other.state IN ('pending', 'processing', 'failed'))
-                    AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
-                        AND parent NOT IN (SELECT seq FROM jobs))""",
-                seq=row[0], now=now,
-            )  # fmt: skip
-
-    def _is_key_taken(self, job: Job) -> bool:
-        return bool(self._one(
-            "SELECT 1 FROM jobs WHERE key = :key AND state IN ('pending', 'processing', 'failed')", key=job.key
-        ))  # fmt: skip
-
-    def _hopeless_parents(self) -> list[Job]:
-        """Jobs that will never complete while others wait for them."""
-        rows = self._all(
-            _SELECT
-            + """WHERE state IN ('dead', 'cancelled') AND seq IN (
-                SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
-                WHERE waiting.state IN ('pending', 'failed')) ORDER BY seq"""
-        )
-        return [job_from_row(row) for row in rows]
-
-    def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
-        """Remove jobs that ended before a moment, a batch at a time; the ids of each batch.
-
-        The transactions are so small, and so far apart, that no worker waits for long, nor for the disk: a power
-        cut may bring the newest of them back.
-        """
-        self._run("PRAGMA synchronous = NORMAL")
-        for state in states:
-            seq = 0
-            while rows := self._prune_batch(state, seq, before, batch, dry_run):
-                yield [row[1] for row in rows]
-                seq = rows[-1][0]
-                time.sleep(0 if dry_run else PRUNE_REST_S)
-        self._run("PRAGMA synchronous = FULL")
-        if not dry_run:
-            with self.writing():
-                self._run("DELETE FROM counts WHERE n = 0")
-
-    def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
-        with contextlib.nullcontext() if dry_run else self.writing():
-            rows = self._all(
-                """SELECT seq, id FROM jobs WHERE state = :state AND seq > :seq AND finished_at < :before
-                    ORDER BY seq LIMIT :batch""",
-                state=state.value, seq=seq, before=before, batch=batch,
-            )  # fmt: skip
-            if not dry_run:
-                self._remove([row[0] for row in rows])
-        return rows
-
-    def purge_dead(self, which: Selection) -> list[str]:
-        """Remove dead jobs for good; the ids, whose logs are to be removed."""
-        with self.writing():
-            chosen = self._choose(which, [State.DEAD], "purged")
-            self._remove([job.seq for job in chosen])
-        return [job.id for job in chosen]
-
-    def _remove(self, seqs: Sequence[int]) -> None:
-        """Remove jobs, but keep what they have added to the tallies: those never go down."""
-        for name, value in self._tallies(seqs).items():
-            self._run(
-                "INSERT INTO past VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
-                name=name, value=value,
-            )  # fmt: skip
-        for seq in seqs:
-            self._run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
-
-    # ---- workers
-
-    def register(
-        self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
-        open_bell: Callable[[int], _Result], is_alive: Callable[[int], bool],
-    ) -> tuple[WorkerRow, _Result]:  # fmt: skip
-        """A new worker's row, with the lowest free slot, and its bell, which hangs before anybody can see the row."""
-        with self.writing():
-            taken = {row.slot for row in self.workers() if is_alive(row.id)}
-            slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
-            row = self._one(
-                """INSERT INTO workers (pid, host, slot, queues, drain, started_at)
-                VALUES (:pid, :host, :slot, :queues, :drain, :now) RETURNING id""",
-                pid=pid, host=host, slot=slot, queues=_json_or_null(queues or None), drain=drain, now=now,
-            )  # fmt: skip
-            bell = open_bell(row[0])
-            return next(worker for worker in self.workers() if worker.id == row[0]), bell
-
-    def unregister(self, worker: int) -> None:
-        """A worker has left, or what it left behind has been put in order."""
-        with self.writing():
-            self._run("DELETE FROM workers WHERE id = :worker", worker=worker)
-
-    def workers(self) -> list[WorkerRow]:
-        """Every registered worker, dead ones included: only the platform can tell."""
-        rows = self._all(
-            """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at, busy.id FROM workers
-                LEFT JOIN (SELECT worker, id FROM jobs WHERE state = 'processing') AS busy ON busy.worker = workers.id
-                ORDER BY slot"""
-        )
-        decoded = (row[:4] + (row[4] and json.loads(row[4]), bool(row[5])) + row[6:] for row in rows)
-        return [WorkerRow(*row) for row in decoded]
-
-    def worker_ids(self) -> list[int]:
-        """Their ids alone: what workers ask once a second must not cost more the more they are."""
-        return [row[0] for row in self._all("SELECT id FROM workers")]
-
-    def tell_to_stop(self, workers: Sequence[int], how: str) -> None:
-        """Workers shall leave: `finish` after their job, `now` at once."""
-        with self.writing():
-            for worker in workers:
-                self._run("UPDATE workers SET stop = :how WHERE id = :worker", how=how, worker=worker)
-
-    def orders(self, worker: int, job: Job | None) -> Orders:
-        """What a worker is to know now."""
-        row = self._one("SELECT stop FROM workers WHERE id = :worker", worker=worker)
-        if not row:
-            return Orders(registered=False)
-        return Orders(True, row[0], job is not None and self._is_cancelling(job))
-
-    def ready_queues(self) -> list[str]:
-        """The queues in which a job waits for nothing but a worker."""
-        return [row[0] for row in self._all("SELECT queue FROM heads")]
-
-    def could_run(self, queues: Sequence[str] | None) -> bool:
-        """Is anything left for a worker: running, ready or due later, and neither held, blocked nor paused?"""
-        row = self._one(
-            """SELECT 1 FROM jobs WHERE (state = 'processing'
-                OR (state IN ('pending', 'failed') AND hold = 0 AND blockers = 0
-                    AND queue NOT IN (SELECT name FROM queues WHERE paused)))
-                AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))) LIMIT 1""",
-            queues=_json_or_null(queues),
-        )
-        return row is not None
-
-    # ---- queues
-
-    def queues(self) -> list[QueueRow]:
-        """The default queue, and every other that holds a job, is paused or has a limit."""
-        rows = self._all(
-            """SELECT names.queue, coalesce(paused, 0), max_running FROM
-                (SELECT 'default' AS queue UNION SELECT queue FROM counts WHERE n > 0 UNION SELECT name FROM queues)
-                AS names
-                LEFT JOIN queues ON queues.name = names.queue ORDER BY names.queue"""
-        )
-        counts: dict[str, dict[str, int]] = {}
-        for state, queue, n in self._all("SELECT state, queue, n FROM counts"):
-            counts.setdefault(queue, {})[state] = n
-        return [
-            QueueRow(name, bool(paused), limit, {s: counts.get(name, {}).get(s.value, 0) for s in State})
-            for name, paused, limit in rows
-        ]
-
-    def set_paused(self, names: Sequence[str], paused: bool) -> None:
-        """Start nothing new in these queues, or go on."""
-        self._set_queues("paused", names, int(paused))
-
-    def set_limit(self, name: str, max_running: int | None) -> None:
-        """Let at most so many jobs of a queue run at once."""
-        self._set_queues("max_running", [name], max_running)
-
-    def _set_queues(self, column: str, names: Sequence[str], value: int | None) -> None:
-        with self.writing():
-            for name in names:
-                self._run("INSERT OR IGNORE INTO queues (name) VALUES (:name)", name=name)
-                self._run(f"UPDATE queues SET {column} = :value WHERE name = :name", name=name, value=value)
-            self._run("DELETE FROM queues WHERE NOT paused AND max_running IS NULL")
-
-    # ---- looking
+    # ---- counts and facts
 
     def counts(self, seqs: Sequence[int] | None = None) -> dict[State, int]:
         """How many of these jobs are in each state, or with None of all: that costs the same however many there are."""
         these = "(SELECT state, 1 AS n FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)))"
         source = "counts" if seqs is None else these
-        rows = self._all(f"SELECT state, sum(n) FROM {source} GROUP BY state", seqs=_to_json(seqs or ()))
+        rows = self._db.all(f"SELECT state, sum(n) FROM {source} GROUP BY state", seqs=_to_json(seqs or ()))
         return dict.fromkeys(State, 0) | {State(state): n for state, n in rows}
 
     def history(self, job: Job) -> list[Attempt]:
         """The attempts of a job that have ended, oldest first."""
-        rows = self._all(f"SELECT {', '.join(Attempt._fields)} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq)
+        columns = ", ".join(Attempt._fields)
+        rows = self._db.all(f"SELECT {columns} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq)
         return [Attempt._make(row) for row in rows]
 
-    def obstacles(self, jobs: Sequence[Job], workers: list[WorkerRow]) -> list[Obstacles]:
+    def wait_reasons(
+        self, jobs: Sequence[Job], workers: list[WorkerRow], queues: Sequence[QueueRow]
+    ) -> list[WaitReasons]:
         """What stands between each of these jobs and the workers, of which only the living are to be given."""
-        queues = {row.name: row for row in self.queues()}
+        rows_of = {row.name: row for row in queues}
         nothing = QueueRow("", False, None, dict.fromkeys(State, 0))  # its last job has just gone
-        rows = [queues.get(job.queue, nothing) for job in jobs]
+        rows = [rows_of.get(job.queue, nothing) for job in jobs]
         return [
-            Obstacles(
+            WaitReasons(
                 self._missing_parents(job) if job.blockers else [],
                 row.paused, row.max_running, row.counts[State.PROCESSING], workers,
             )
@@ -2024,7 +1675,7 @@ class Store:
 
     def _missing_parents(self, job: Job) -> list[str]:
         """Those that a waiting job waits for; of a dead one those that could be retried."""
-        rows = self._all(
+        rows = self._db.all(
             """SELECT id FROM jobs WHERE state <> 'completed' AND (:is_waiting OR state = 'dead')
                 AND seq IN (SELECT parent FROM dependencies WHERE child = :seq) ORDER BY seq""",
             seq=job.seq, is_waiting=job.state in WAITING,
@@ -2033,7 +1684,7 @@ class Store:
 
     def times(self, newest: int = 10_000) -> list[tuple[int, int, int]]:
         """When the newest completed jobs could first have run, their last start and their end."""
-        return self._all(
+        return self._db.all(
             """SELECT max(created_at, coalesce(run_at, 0)), started_at, finished_at FROM jobs
                 WHERE state = 'completed' ORDER BY seq DESC LIMIT :newest""",
             newest=newest,
@@ -2041,17 +1692,18 @@ class Store:
 
     def tallies(self) -> dict[str, float]:
         """Sums over all attempts that ever ended, those of removed jobs included, by name."""
-        tallies = self._tallies(None)
-        for name, value in self._all("SELECT name, value FROM past"):
+        tallies = self.tallies_of(None)
+        for name, value in self._db.all("SELECT name, value FROM removed_tallies"):
             tallies[name] = tallies.get(name, 0) + value
         return tallies
 
-    def _tallies(self, seqs: Sequence[int] | None) -> dict[str, float]:
+    def tallies_of(self, seqs: Sequence[int] | None) -> dict[str, float]:
+        """The same over the attempts of these jobs alone, or with None of all that are there."""
         buckets = ", ".join(f"coalesce(sum(s <= {bucket}), 0)" for bucket in BUCKETS_S)
         which = "1" if seqs is None else "job IN (SELECT value FROM json_each(:seqs))"
         tallies: dict[str, float] = {}
         for kind, seconds in (("run", "ended_at - started_at"), ("wait", "started_at - since")):
-            row = self._one(
+            row = self._db.one(
                 f"""SELECT count(*), coalesce(sum(s), 0), coalesce(sum(cpu), 0), {buckets} FROM (
                     SELECT max(0, {seconds}) / 1000.0 AS s, cpu_s AS cpu FROM (
                         SELECT attempts.*, max(jobs.created_at, coalesce(jobs.run_at, 0)) AS since
@@ -2064,35 +1716,534 @@ class Store:
             tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
         return tallies
 
-    def cut_off(self, most: int = 1000) -> int:
+    def recent_timeouts(self, most: int = 1000) -> int:
         """How many of the newest failed and of the newest dead jobs were ended by their time-out."""
-        row = self._one(
+        row = self._db.one(
             """SELECT count(*) FROM (
                 SELECT * FROM (SELECT seq FROM jobs WHERE state = 'failed' ORDER BY seq DESC LIMIT :most) UNION ALL
                 SELECT * FROM (SELECT seq FROM jobs WHERE state = 'dead' ORDER BY seq DESC LIMIT :most)) AS newest
                 WHERE (SELECT ended_by FROM attempts WHERE job = newest.seq ORDER BY n DESC LIMIT 1) = :timed_out""",
-            most=most, timed_out=End.TIMED_OUT.value,
+            most=most, timed_out=EndReason.TIMED_OUT.value,
         )  # fmt: skip
         return int(row[0])
 
-    # ---- the database as a patient
+
+class Jobs:
+    """The way of a job: in, claimed, finished. Its methods share one transaction and one guard."""
+
+    def __init__(self, db: Database, queries: Queries) -> None:
+        self._db, self._queries = db, queries
+
+    # ---- in
+
+    def enqueue(
+        self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False
+    ) -> Iterator[tuple[str, bool]]:
+        """Store jobs, all or none; the id of each, and whether it is new.
+
+        Each spec comes with what an error about it begins with. A job whose key is taken is
+        not stored: the id of the one that bears it is returned. QueueError for an id that exists.
+        However many there are, they are collected in a temporary table first, which holds up
+        nobody, and take little memory.
+        """
+        self._stage(specs, now)
+        with self._db.writing():
+            row = self._db.one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
+            self._insert_staged(row[0] if row else 0, now, skip_existing)
+        return ((id, bool(is_new)) for id, is_new in self._db.rows("SELECT id, is_new FROM staged ORDER BY n"))
+
+    def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
+        self._db.run(
+            f"""CREATE TEMP TABLE IF NOT EXISTS staged (n INTEGER PRIMARY KEY, id COLLATE NOCASE,
+                {", ".join(_STAGED[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
+        )
+        self._db.run("DELETE FROM staged")
+        rows = (
+            _staged_row({**BLANK, **_as_columns(spec), "created_at": now, "origin": origin}) for origin, spec in specs
+        )
+        columns = (*_STAGED, "origin")
+        with self._db.staging():
+            self._db.insert_many(
+                f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
+            )
+
+    def _insert_staged(self, last: int, now: int, skip_existing: bool) -> None:
+        """Make jobs of what is staged; they are numbered from `last` on."""
+        self._skip_existing(skip_existing)
+        self._make_up_ids(last)
+        self._insert_where("key IS NULL", last, now)
+        for n, key in self._db.all("SELECT n, key FROM staged WHERE is_new AND key IS NOT NULL ORDER BY n"):
+            holder = self._queries.key_holder(key)
+            if holder:
+                self._db.run("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder)
+            else:
+                self._insert_where("n = :n", last, now, n=n)
+        for n, id, after, origin in self._db.all(
+            "SELECT n, id, after, origin FROM staged WHERE is_new AND after IS NOT NULL ORDER BY n"
+        ):
+            try:
+                self.add_dependencies(last + n, id, json.loads(after), now)
+            except QueueError as error:
+                raise type(error)(f"{origin}{error}") from None
+
+    def _make_up_ids(self, last: int) -> None:
+        """Ids that are short, never used twice, and sort as their jobs were made, up to 268 million of them."""
+        self._db.run("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
+        while self._db.run(
+            """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
+                OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
+        ):
+            pass  # somebody chose just the id that we made up
+
+    def _insert_where(self, condition: str, last: int, now: int, **values: int) -> None:
+        columns = ", ".join(_STAGED)
+        self._db.run(
+            f"""INSERT INTO jobs (seq, due_at, updated_at, {columns})
+                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, {columns}
+                FROM staged WHERE is_new AND {condition} ORDER BY n""",
+            **values, last=last, now=now,
+        )  # fmt: skip
+
+    def _skip_existing(self, skip_existing: bool) -> None:
+        """Staged ids that exist already, in the queue or further up, are no new jobs; QueueError unless wanted."""
+        if not self._db.one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
+            return
+        self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
+        self._db.run(
+            """UPDATE staged SET is_new = 0 WHERE id IN (SELECT id FROM jobs) OR EXISTS (
+                SELECT 1 FROM staged AS above WHERE above.id = staged.id AND above.n < staged.n)"""
+        )
+        taken = self._db.one("SELECT id, origin FROM staged WHERE NOT is_new ORDER BY n LIMIT 1")
+        if taken and not skip_existing:
+            raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
+
+    def add_dependencies(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
+        """Let a job wait for others; it dies at once of one that can never complete."""
+        found = [self._queries.get(parent) for parent in parents]
+        for parent in found:
+            if parent.seq == seq or self._db.one(
+                """WITH RECURSIVE below(seq) AS (SELECT :seq
+                    UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
+                SELECT 1 FROM below WHERE seq = :parent""",
+                seq=seq, parent=parent.seq,
+            ):  # fmt: skip
+                raise BadInput(f"job {child} cannot wait for {parent.id}, which waits for it")
+            self._db.run("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=parent.seq, child=seq)
+        for parent in found:
+            if parent.state in HOPELESS:
+                self.fail_dependents(parent, now)
+
+    def fail_dependents(self, parent: Job, now: int) -> None:
+        """What waits for a job that will never complete is dead with it, all the way down."""
+        self._db.run(
+            f"""WITH RECURSIVE below(seq) AS (SELECT child FROM dependencies WHERE parent = :parent
+                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
+            UPDATE jobs SET state = 'dead', failed_parent = :parent, error = :error,
+                updated_at = :now, finished_at = :now
+            WHERE seq IN below AND {IS_WAITING}""",
+            parent=parent.seq, error=f"waited for {parent.id}, which is {parent.state.value}", now=now,
+        )  # fmt: skip
+
+    # ---- its way
+
+    def claim(self, worker: int, queues: Sequence[str] | None, now: int) -> Job | None:
+        """Take the best job that may run: highest priority first, then first enqueued.
+
+        Its cost depends on the number of queues that hold waiting jobs, not on the number of jobs.
+        None where nothing may run, and for a worker that is to stop or was taken for dead.
+        """
+        with self._db.writing():
+            self._db.run(
+                """UPDATE jobs SET due_at = NULL WHERE due_at IS NOT NULL AND due_at <= :now
+                    AND hold = 0 AND blockers = 0""",
+                now=now,
+            )
+            row = self._db.one(
+                f"""UPDATE jobs SET state = 'processing', attempts = attempts + 1, worker = :worker,
+                    started_at = :now, updated_at = :now, exit_code = NULL, error = NULL
+                WHERE seq = (SELECT seq FROM claimable
+                    WHERE :queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))
+                    ORDER BY priority DESC, seq LIMIT 1)
+                AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND stop IS NULL)
+                RETURNING {_COLUMNS}""",
+                worker=worker, now=now, queues=_json_or_null(queues),
+            )  # fmt: skip
+        return job_from_row(row) if row else None
+
+    def finish(self, job: Job, outcome: Outcome, settings: Settings, now: int, chance: float = 0.0) -> State | None:
+        """End an attempt as the retry policy says; what the job has become.
+
+        None, and nothing changed, where that attempt of that worker is no longer under way.
+        """
+        with self._db.writing():
+            after = decide(job, outcome, settings, now, chance)
+            ended = self._db.run(
+                """UPDATE jobs SET state = :state, attempts = :attempts, due_at = :due_at, cancelling = 0,
+                    updated_at = :now, finished_at = :finished_at, exit_code = :exit_code, error = :error
+                WHERE seq = :seq AND state = 'processing' AND worker = :worker AND started_at = :started_at
+                AND cancelling = :cancelling""",
+                seq=job.seq, worker=job.worker, started_at=job.started_at, cancelling=job.cancelling, now=now,
+                state=after.state.value, attempts=after.attempts, due_at=after.due_at,
+                finished_at=now if after.state in ENDED else None, exit_code=outcome.exit_code, error=outcome.error,
+            )  # fmt: skip
+            if not ended:  # somebody has cancelled it meanwhile, or it is no longer ours
+                asked = not job.cancelling and self.is_cancelling(job)
+                return self.finish(job._replace(cancelling=True), outcome, settings, now, chance) if asked else None
+            self._keep_attempt(job, outcome, now)
+            if after.state in HOPELESS:
+                self.fail_dependents(job._replace(state=after.state), now)
+        return after.state
+
+    def is_cancelling(self, job: Job) -> bool:
+        """Is its attempt to be ended?"""
+        row = self._db.one("SELECT cancelling FROM jobs WHERE seq = :seq", seq=job.seq)
+        return bool(row and row[0])
+
+    def _keep_attempt(self, job: Job, outcome: Outcome, now: int) -> None:
+        self._db.run(
+            """INSERT INTO attempts VALUES (:job, (SELECT count(*) FROM attempts WHERE job = :job) + 1,
+                :number, :worker, :started_at, :now, :exit_code, :signal, :ended_by, :error, :max_rss, :cpu_s,
+                :log_start, :log_end)""",
+            job=job.seq, number=job.attempts, worker=job.worker, started_at=job.started_at, now=now,
+            exit_code=outcome.exit_code, signal=outcome.signal, ended_by=outcome.end.value, error=outcome.error,
+            max_rss=outcome.max_rss, cpu_s=outcome.cpu_s, log_start=outcome.log_start, log_end=outcome.log_end,
+        )  # fmt: skip
+
+    def next_due(self) -> int | None:
+        """When the next job comes due."""
+        row = self._db.one("SELECT min(due_at) FROM jobs WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0")
+        return cast("int | None", row[0])
+
+    def restart_backoffs(self, now: int) -> None:
+        """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
+        with self._db.writing():
+            self._db.run(
+                """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
+                    WHERE state = 'failed' AND updated_at > :now AND due_at > updated_at""",
+                now=now,
+            )
+
+    def running_jobs(self, worker: int) -> list[Job]:
+        """The attempts that a worker has not ended: one at the most."""
+        rows = self._db.all(_SELECT + "WHERE state = 'processing' AND worker = :worker", worker=worker)
+        return [job_from_row(row) for row in rows]
+
+
+class Config:
+    """The configuration of a home."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._rows: list[Any] = []  # what the settings were made of
+        self._settings = Settings()
+
+    def settings(self) -> Settings:
+        """The configuration in force."""
+        rows = self._db.all("SELECT key, value FROM config")
+        if rows != self._rows:
+            self._settings = Settings(**{key: json.loads(value) for key, value in rows if key in SETTINGS})
+            self._rows = rows
+        return self._settings
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a key, or with None go back to its default."""
+        with self._db.writing():
+            self._db.run("DELETE FROM config WHERE key = :key", key=key)
+            if value is not None:
+                self._db.run("INSERT INTO config VALUES (:key, :value)", key=key, value=_to_json(value))
+
+
+class Changes:
+    """What commands change about jobs that are there."""
+
+    def __init__(self, db: Database, jobs: Jobs, queries: Queries, config: Config) -> None:
+        self._db, self._jobs, self._queries, self._config = db, jobs, queries, config
+
+    def set_hold(self, which: Selection, hold: bool, now: int) -> list[str]:
+        """Keep waiting jobs from starting, or let them go; the ids."""
+        with self._db.writing():
+            chosen = self._queries.choose(which, WAITING, "held" if hold else "released")
+            for job in chosen:
+                self._db.run(
+                    "UPDATE jobs SET hold = :hold, updated_at = :now WHERE seq = :seq", seq=job.seq, hold=hold, now=now
+                )
+        return [job.id for job in chosen]
+
+    def cancel(self, which: Selection, now: int) -> list[Job]:
+        """Waiting jobs never run; those under way are marked, for their workers to be rung. The jobs as they were."""
+        with self._db.writing():
+            chosen = self._queries.choose(which, OPEN, "cancelled")
+            for job in chosen:
+                if job.state is State.PROCESSING:
+                    self._db.run("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
+                    continue
+                self._db.run(
+                    f"""UPDATE jobs SET state = 'cancelled', updated_at = :now, finished_at = :now
+                    WHERE seq = :seq AND {IS_WAITING}""",
+                    seq=job.seq, now=now,
+                )  # fmt: skip
+            for job in chosen:  # only now: one that waits for another of them is cancelled, and not dead
+                if job.state in WAITING:
+                    self._jobs.fail_dependents(job._replace(state=State.CANCELLED), now)
+        return chosen
+
+    def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
+        """Change fields of waiting jobs; the ids."""
+        values = _as_columns(spec)
+        columns = ", ".join(f"{name} = :{name}" for name in values)
+        if "run_at" in values:  # taken back, it leaves a backoff as it is
+            values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
+            columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
+        with self._db.writing():
+            chosen = self._queries.choose(which, WAITING, "edited")
+            for job in chosen:
+                if "max_retries" in spec:
+                    self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
+                try:
+                    self._db.run(
+                        f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
+                    )
+                except Conflict:
+                    raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
+                if "after" in spec:
+                    self._db.run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
+                    self._jobs.add_dependencies(job.seq, job.id, spec["after"] or (), now)
+        return [job.id for job in chosen]
+
+    def _refuse_overdrawn(self, job: Job) -> None:
+        """QueueError for a job that would have failed more often than it may, and so be dead."""
+        if job.attempts > settings_for(job, self._config.settings()).max_retries:
+            raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
+
+    def retry_dead(self, which: Selection, now: int) -> list[str]:
+        """Dead jobs back to `pending` with no attempts made, and with them what died because of them.
+
+        One whose parent can still not complete, or whose key is taken, stays dead; QueueError where it was named.
+        """
+        with self._db.writing():
+            chosen = self._queries.choose(which, [State.DEAD], "retried")
+            for job in chosen:
+                self._revive(job, now)
+            for parent in self._hopeless_parents():
+                self._jobs.fail_dependents(parent, now)
+            tried = [self._queries.get(job.id) for job in chosen]
+            left = [job for job in tried if job.state is State.DEAD]
+            if which.ids and left:
+                raise QueueError(self._why_still_dead(left[0]))
+        return [job.id for job in tried if job.state is not State.DEAD]
+
+    def _why_still_dead(self, job: Job) -> str:
+        if self._queries.key_holder(job.key):
+            return f"job {job.id} cannot be retried: another of key {job.key!r} has not ended"
+        return f"job {job.id} {job.error}: it cannot be retried before that"
+
+    def _revive(self, job: Job, now: int) -> None:
+        """A dead job and what died because of it, as far as their keys are free and their parents there."""
+        rows = self._db.all(
+            """WITH RECURSIVE below(seq) AS (SELECT :seq
+                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
+            SELECT seq FROM jobs WHERE seq IN below AND (seq = :seq OR failed_parent = :seq) ORDER BY seq""",
+            seq=job.seq,
+        )
+        for row in rows:
+            self._db.run(
+                f"""UPDATE jobs SET state = 'pending', attempts = 0, failed_parent = NULL, finished_at = NULL,
+                    due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
+                    error = CASE WHEN failed_parent IS NULL THEN error END
+                WHERE seq = :seq AND state = 'dead'
+                    AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
+                        AND other.{IS_OPEN})
+                    AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
+                        AND parent NOT IN (SELECT seq FROM jobs))""",
+                seq=row[0], now=now,
+            )  # fmt: skip
+
+    def _hopeless_parents(self) -> list[Job]:
+        """Jobs that will never complete while others wait for them."""
+        rows = self._db.all(
+            f"""{_SELECT} WHERE {IS_HOPELESS} AND seq IN (
+                SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
+                WHERE waiting.{IS_WAITING}) ORDER BY seq"""
+        )
+        return [job_from_row(row) for row in rows]
+
+    def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
+        """Remove jobs that ended before a moment, a batch at a time; the ids of each batch.
+
+        The transactions are so small, and so far apart, that no worker waits for long, nor for the disk: a power
+        cut may bring the newest of them back.
+        """
+        self._db.wait_for_disk(False)
+        for state in states:
+            seq = 0
+            while rows := self._prune_batch(state, seq, before, batch, dry_run):
+                yield [row[1] for row in rows]
+                seq = rows[-1][0]
+                time.sleep(0 if dry_run else PRUNE_PAUSE_S)
+        self._db.wait_for_disk(True)
+        if not dry_run:
+            with self._db.writing():
+                self._db.run("DELETE FROM counts WHERE n = 0")
+
+    def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
+        with contextlib.nullcontext() if dry_run else self._db.writing():
+            rows = self._db.all(
+                """SELECT seq, id FROM jobs WHERE state = :state AND seq > :seq AND finished_at < :before
+                    ORDER BY seq LIMIT :batch""",
+                state=state.value, seq=seq, before=before, batch=batch,
+            )  # fmt: skip
+            if not dry_run:
+                self._remove([row[0] for row in rows])
+        return rows
+
+    def purge_dead(self, which: Selection) -> list[str]:
+        """Remove dead jobs for good; the ids, whose logs are to be removed."""
+        with self._db.writing():
+            chosen = self._queries.choose(which, [State.DEAD], "purged")
+            self._remove([job.seq for job in chosen])
+        return [job.id for job in chosen]
+
+    def _remove(self, seqs: Sequence[int]) -> None:
+        """Remove jobs, but keep what they have added to the tallies: those never go down."""
+        for name, value in self._queries.tallies_of(seqs).items():
+            self._db.run(
+                "INSERT INTO removed_tallies VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
+                name=name, value=value,
+            )  # fmt: skip
+        for seq in seqs:
+            self._db.run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
+
+
+class Workers:
+    """The workers that are registered, and what they are told."""
+
+    def __init__(self, db: Database, jobs: Jobs) -> None:
+        self._db, self._jobs = db, jobs
+
+    def register(
+        self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
+        open_bell: Callable[[int], _Result], is_alive: Callable[[int], bool],
+    ) -> tuple[WorkerRow, _Result]:  # fmt: skip
+        """A new worker's row, with the lowest free slot, and its bell, which hangs before anybody can see the row."""
+        with self._db.writing():
+            taken = {row.slot for row in self.all() if is_alive(row.id)}
+            slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
+            row = self._db.one(
+                """INSERT INTO workers (pid, host, slot, queues, drain, started_at)
+                VALUES (:pid, :host, :slot, :queues, :drain, :now) RETURNING id""",
+                pid=pid, host=host, slot=slot, queues=_json_or_null(queues or None), drain=drain, now=now,
+            )  # fmt: skip
+            bell = open_bell(row[0])
+            return next(worker for worker in self.all() if worker.id == row[0]), bell
+
+    def unregister(self, worker: int) -> None:
+        """A worker has left, or what it left behind has been put in order."""
+        with self._db.writing():
+            self._db.run("DELETE FROM workers WHERE id = :worker", worker=worker)
+
+    def all(self) -> list[WorkerRow]:
+        """Every registered worker, dead ones included: only the platform can tell."""
+        rows = self._db.all(
+            """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at, busy.id FROM workers
+                LEFT JOIN (SELECT worker, id FROM jobs WHERE state = 'processing') AS busy ON busy.worker = workers.id
+                ORDER BY slot"""
+        )
+        decoded = (row[:4] + (row[4] and json.loads(row[4]), bool(row[5])) + row[6:] for row in rows)
+        return [WorkerRow(*row) for row in decoded]
+
+    def ids(self) -> list[int]:
+        """Their ids alone: what workers ask once a second must not cost more the more they are."""
+        return [row[0] for row in self._db.all("SELECT id FROM workers")]
+
+    def request_stop(self, workers: Sequence[int], how: str) -> None:
+        """Workers shall leave: `finish` after their job, `now` at once."""
+        with self._db.writing():
+            for worker in workers:
+                self._db.run("UPDATE workers SET stop = :how WHERE id = :worker", how=how, worker=worker)
+
+    def stop_request(self, worker: int, job: Job | None) -> StopRequest:
+        """What a worker is to know now."""
+        row = self._db.one("SELECT stop FROM workers WHERE id = :worker", worker=worker)
+        if not row:
+            return StopRequest(registered=False)
+        return StopRequest(True, row[0], job is not None and self._jobs.is_cancelling(job))
+
+
+class Queues:
+    """Queues, their pauses and their limits."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def all(self) -> list[QueueRow]:
+        """The default queue, and every other that holds a job, is paused or has a limit."""
+        rows = self._db.all(
+            """SELECT names.queue, coalesce(paused, 0), max_running FROM
+                (SELECT 'default' AS queue UNION SELECT queue FROM counts WHERE n > 0 UNION SELECT name FROM queues)
+                AS names
+                LEFT JOIN queues ON queues.name = names.queue ORDER BY names.queue"""
+        )
+        counts: dict[str, dict[str, int]] = {}
+        for state, queue, n in self._db.all("SELECT state, queue, n FROM counts"):
+            counts.setdefault(queue, {})[state] = n
+        return [
+            QueueRow(name, bool(paused), limit, {s: counts.get(name, {}).get(s.value, 0) for s in State})
+            for name, paused, limit in rows
+        ]
+
+    def ready(self) -> list[str]:
+        """The queues in which a job waits for nothing but a worker."""
+        return [row[0] for row in self._db.all("SELECT queue FROM claimable")]
+
+    def could_run(self, queues: Sequence[str] | None) -> bool:
+        """Is anything left for a worker: running, ready or due later, and neither held, blocked nor paused?"""
+        row = self._db.one(
+            f"""SELECT 1 FROM jobs WHERE (state = 'processing'
+                OR ({IS_WAITING} AND hold = 0 AND blockers = 0
+                    AND queue NOT IN (SELECT name FROM queues WHERE paused)))
+                AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))) LIMIT 1""",
+            queues=_json_or_null(queues),
+        )
+        return row is not None
+
+    def set_paused(self, names: Sequence[str], paused: bool) -> None:
+        """Start nothing new in these queues, or go on."""
+        self._set("paused", names, int(paused))
+
+    def set_limit(self, name: str, max_running: int | None) -> None:
+        """Let at most so many jobs of a queue run at once."""
+        self._set("max_running", [name], max_running)
+
+    def _set(self, column: str, names: Sequence[str], value: int | None) -> None:
+        with self._db.writing():
+            for name in names:
+                self._db.run("INSERT OR IGNORE INTO queues (name) VALUES (:name)", name=name)
+                self._db.run(f"UPDATE queues SET {column} = :value WHERE name = :name", name=name, value=value)
+            self._db.run("DELETE FROM queues WHERE NOT paused AND max_running IS NULL")
+
+
+class Upkeep:
+    """The health of a queue: integrity, repair, backup, restore."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     def damage(self) -> list[str]:
-        """What SQLite finds wrong with the file; nothing where it is whole."""
-        return [row[0] for row in self._all("PRAGMA integrity_check") if row[0] != "ok"]
+        """What is wrong with the file of the database; nothing where it is whole."""
+        return self._db.damage()
 
     def miscounts(self) -> list[str]:
         """Where counters and links disagree with the rows that they are about."""
-        counts = self._all(
+        counts = self._db.all(
             """SELECT queue, state, sum(n) FROM (
                 SELECT queue, state, count(*) AS n FROM jobs GROUP BY queue, state
                 UNION ALL SELECT queue, state, -n FROM counts) GROUP BY queue, state HAVING sum(n) <> 0"""
         )
-        blocked = self._all(
+        blocked = self._db.all(
             """SELECT id FROM jobs WHERE blockers <> (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
                 ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
         )
-        ownerless = self._all(
+        ownerless = self._db.all(
             "SELECT id FROM jobs WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)"
         )
         return (
@@ -2103,15 +2254,15 @@ class Store:
 
     def repair(self, now: int) -> None:
         """Make counters and links anew from the rows, and the indexes from the tables."""
-        with self.writing():
-            self._run("REINDEX")
-            self._run("DELETE FROM counts")
-            self._run("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
-            self._run(
+        with self._db.writing():
+            self._db.run("REINDEX")
+            self._db.run("DELETE FROM counts")
+            self._db.run("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
+            self._db.run(
                 """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
                     ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
             )
-            self._run(  # a worker that is not alive: the next that is will see to what it left
+            self._db.run(  # a worker that is not alive: the next that is will see to what it left
                 """INSERT INTO workers (id, pid, host, slot, started_at)
                     SELECT DISTINCT worker, 0, '', 0, :now FROM jobs
                     WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)""",
@@ -2120,65 +2271,58 @@ class Store:
 
     def back_up(self, path: str) -> None:
         """A consistent copy of the database, while workers go on."""
-        try:
-            with contextlib.closing(sqlite3.connect(path)) as copy:
-                self._db.backup(copy)
-        except sqlite3.Error as error:
-            raise _domain_error(path, error) from error
+        self._db.back_up(path)
 
-    def restore(self, path: str, refuse: Callable[[Store], None]) -> None:
-        """Replace this database by a copy; numbers used since, workers' too, are not used again.
+    def restore(self, path: str, refuse: Callable[[list[WorkerRow]], None]) -> None:
+        """Replace the queue by a copy; numbers used since, workers' too, are not used again.
 
-        `refuse` is given the queue as it is once nobody can change it any more, and raises where it is to stay so.
+        `refuse` is given the workers of the queue once nobody can change it any more, and raises where it is to stay.
         """
         used: list[Any] = []
 
-        def look(*_: object) -> None:
-            if not used:
-                with Store(self.path) as before:
-                    refuse(before)
-                    used.extend(before._all("SELECT name, seq FROM sqlite_sequence"))
+        def inspect(before: Database) -> None:
+            refuse(Store(before).workers.all())
+            used.extend(before.all("SELECT name, seq FROM sqlite_sequence"))
 
-        with self.writing():
-            pass  # waits for others, and no longer than we do; the copying itself would wait for ever
-        try:
-            with contextlib.closing(sqlite3.connect(path)) as copy:
-                if copy.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-                    raise StoreError(f"{path} is no backup of a queue")
-                if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
-                    raise StoreError(f"{path} is damaged; nothing was restored")
-                if copy.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
-                    raise StoreError(f"{path} was made by a newer queuectl; upgrade queuectl")
-                copy.backup(self._db, pages=10, progress=look)  # the first time comes with the lock, before the end
-        except sqlite3.Error as error:
-            raise _domain_error(path, error) from error
-        self._bring_up()
-        with self.writing():
+        self._db.restore(path, inspect)
+        with self._db.writing():
             for table, seq in used:
                 self._number_from(table, seq)
 
     def _number_from(self, table: str, seq: int) -> None:
         """Let the next row of a table have a number above this one."""
         values = {"table": table, "seq": seq}
-        if not self._run("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
-            self._run("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
+        if not self._db.run("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
+            self._db.run("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
 
-    # ---- config
 
-    def settings(self) -> Settings:
-        """The configuration in force."""
-        rows = self._all("SELECT key, value FROM config")
-        if rows != self._config:
-            self._settings = Settings(**{key: json.loads(value) for key, value in rows if key in SETTINGS})
-            self._config = rows
-        return self._settings
+class Store:
+    """The queue in its database, by noun.
 
-    def configure(self, key: str, value: Any) -> None:
-        """Set a key, or with None go back to its default."""
-        with self.writing():
-            self._run("DELETE FROM config WHERE key = :key", key=key)
-            if value is not None:
-                self._run("INSERT INTO config VALUES (:key, :value)", key=key, value=_to_json(value))
+    Every change but `prune` is one transaction, or part of the one that is open.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.queries, self.config, self.queues, self.upkeep = Queries(db), Config(db), Queues(db), Upkeep(db)
+        self.jobs = Jobs(db, self.queries)
+        self.changes = Changes(db, self.jobs, self.queries, self.config)
+        self.workers = Workers(db, self.jobs)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.db.close()
+
+
+def open_store(path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bool = True) -> Store:
+    """The store of the database at a path, which is made or brought up where it has to be."""
+    return Store(Database(path, busy_timeout_s, durable=durable))
 
 
 # ======================================================================== platform
@@ -2411,9 +2555,9 @@ if sys.platform == "win32":
         size = ctypes.sizeof(into)
         _kernel32.QueryInformationJobObject(wintypes.HANDLE(job), kind, ctypes.byref(into), size, None)
 
-    def _end_job(job: int, patience_s: float = 10.0) -> bool:
+    def _end_job(job: int, busy_timeout_s: float = 10.0) -> bool:
         """End every process of a job object; False where some are still there."""
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + busy_timeout_s
         used = _Accounting(active=1)
         while used.active and time.monotonic() < deadline:
             _kernel32.TerminateJobObject(wintypes.HANDLE(job), 1)
@@ -2522,7 +2666,7 @@ if sys.platform == "win32":
         if job is None:
             return ctypes.get_last_error() == _NO_SUCH_FILE
         try:
-            return _end_job(job, patience_s=2.0)
+            return _end_job(job, busy_timeout_s=2.0)
         finally:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
 
@@ -2808,7 +2952,7 @@ else:
             finally:
                 os.close(fd)
 
-    def _end_all(find: Callable[[], set[_Identity]], grace_s: float, patience_s: float = 10.0) -> bool:
+    def _end_all(find: Callable[[], set[_Identity]], grace_s: float, busy_timeout_s: float = 10.0) -> bool:
         """Ask processes to leave, then make them; False where some are still there."""
         asked_until = time.monotonic() + grace_s
         for process in sorted(find()) if grace_s else ():
@@ -2826,7 +2970,7 @@ else:
                 _send(process, signal.SIGSTOP if fresh else signal.SIGKILL)
             time.sleep(0 if fresh else 0.005)
             frozen |= members
-            if time.monotonic() > asked_until + patience_s:
+            if time.monotonic() > asked_until + busy_timeout_s:
                 return False
         return True
 
@@ -2917,7 +3061,7 @@ else:
             writers = [process for process in table if _writes_to(process[0], log)]
             return _family(table, writers, mark)
 
-        return _end_all(find, 0, patience_s=0.5)
+        return _end_all(find, 0, busy_timeout_s=0.5)
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
@@ -3038,7 +3182,7 @@ def make_private(home: Home) -> None:
                 os.chmod(file, 0o600)
 
 
-def existing(path: str) -> str:
+def require_file(path: str) -> str:
     """A path that must lead to a file."""
     if not os.path.isfile(path):
         raise NotFound(f"there is no file {printable(path)}")
@@ -3053,7 +3197,7 @@ def refuse_own(home: Home, path: str) -> None:
         raise BadInput(f"{printable(path)} is no file that could be replaced; name another")
 
 
-def publish(made: str, path: str) -> None:
+def replace_file(made: str, path: str) -> None:
     """Put a finished file in its place, in one step."""
     os.replace(made, path)
 
@@ -3338,24 +3482,24 @@ def describe(exit: Exit) -> str | None:
 def start_failure(error: OSError | ValueError, job: Job) -> Outcome:
     """The outcome of a command that could not be started, with the exit code that shells give."""
     if not os.path.isdir(job.cwd):
-        return Outcome(End.NOT_STARTED, None, error=f"its directory {job.cwd} is gone")
+        return Outcome(EndReason.NOT_STARTED, None, error=f"its directory {job.cwd} is gone")
     program = job.command[0] if isinstance(job.command, list) else "the shell"
     missing = isinstance(error, FileNotFoundError)
     reason = "no such program" if missing else getattr(error, "strerror", None) or str(error)
     code = EX_NOT_FOUND if missing else EX_NOT_EXECUTABLE
-    return Outcome(End.NOT_STARTED, code, error=f"cannot start {program}: {reason}")
+    return Outcome(EndReason.NOT_STARTED, code, error=f"cannot start {program}: {reason}")
 
 
 def run_attempt(
     job: Job, log_path: str, spool: Spool | None, env: dict[str, str], mark: str, settings: Settings, bell: Bell,
-    interrupted: Callable[[bool], End | None],
+    interrupted: Callable[[bool], EndReason | None],
 ) -> Outcome:  # fmt: skip
     """Run a job's command once, from start to outcome; `interrupted` says why it must end early."""
     settings = settings_for(job, settings)
     try:
         log = JobLog(log_path, job.attempts, spool, settings.log_max_bytes)
     except OSError as error:
-        return Outcome(End.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
+        return Outcome(EndReason.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
     try:
         process = Process(job.command, job.cwd, env, log.at, mark)
     except (OSError, ValueError) as error:
@@ -3367,34 +3511,34 @@ def run_attempt(
         process.close()
         log_end = log.close()
     wrong = "; ".join(filter(None, (_error_of(end, exit, job.ok_codes, settings), log.trouble)))
-    return Outcome(end, exit.exit_code if end is End.EXITED else None, exit.signal, wrong or None,
+    return Outcome(end, exit.exit_code if end is EndReason.EXITED else None, exit.signal, wrong or None,
                    exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
 
 
-def _error_of(end: End, exit: Exit, ok_codes: Sequence[int] | None, settings: Settings) -> str | None:
-    if end is End.EXITED:
+def _error_of(end: EndReason, exit: Exit, ok_codes: Sequence[int] | None, settings: Settings) -> str | None:
+    if end is EndReason.EXITED:
         return None if exit.exit_code in (ok_codes or ()) else describe(exit)
-    if end is End.TIMED_OUT:
+    if end is EndReason.TIMED_OUT:
         limit = f"{settings.job_timeout:g} s"
         return f"timed out after {limit}; raise it with --timeout, or for all with `queuectl config set job_timeout`"
-    return "cancelled" if end is End.CANCELLED else "given back: its worker was told to leave"
+    return "cancelled" if end is EndReason.CANCELLED else "given back: its worker was told to leave"
 
 
 def _watch(
-    process: Process, log: JobLog, settings: Settings, bell: Bell, interrupted: Callable[[bool], End | None]
-) -> tuple[End, Exit]:
+    process: Process, log: JobLog, settings: Settings, bell: Bell, interrupted: Callable[[bool], EndReason | None]
+) -> tuple[EndReason, Exit]:
     """Wait for a command's end, and bring it about where it must come early."""
     left_s = settings.job_timeout or math.inf
     deadline = time.monotonic() + left_s
-    end = End.EXITED
+    end = EndReason.EXITED
     while True:
-        rung = bell.wait(min(LOOK_S, left_s), process)
+        rung = bell.wait(min(POLL_S, left_s), process)
         if exit := process.poll():
             return end, exit
         log.tend()
         left_s = deadline - time.monotonic()
-        if why := End.TIMED_OUT if left_s <= 0 else interrupted(rung):
-            end, left_s = why, LOOK_S
+        if why := EndReason.TIMED_OUT if left_s <= 0 else interrupted(rung):
+            end, left_s = why, POLL_S
             process.end(settings.kill_grace)
 
 
@@ -3417,7 +3561,7 @@ def run_hook(line: str, home: Home, env: dict[str, str], document: str, mark: st
             stdin.seek(0)
             process = Process(line, home.path, env, home.worker_log, mark, stdin.fileno())
         while not (exit := process.poll()) and time.monotonic() < deadline:
-            bell.wait(min(LOOK_S, deadline - time.monotonic()), process)
+            bell.wait(min(POLL_S, deadline - time.monotonic()), process)
         if not exit:
             process.end(1.0)
         return describe(exit) if exit else f"timed out after {HOOK_TIMEOUT_S:g} s"
@@ -3474,7 +3618,7 @@ class Worker:
             report = None
             if job:
                 if job.on_lost == "dead":  # not even a power cut may let it run twice
-                    self._keep_trying(self._store.sync, matters=True)
+                    self._keep_trying(self._store.db.sync, matters=True)
                 if came_idle or job.after:  # what has just become ready may be more than one
                     self._pass_on()
                 report = job, self._attempt(job)
@@ -3487,7 +3631,7 @@ class Worker:
         self._turn.close()
         if self._spool:
             remove_file(self._spool.path)
-        self._keep_trying(functools.partial(self._store.unregister, self._row.id), matters=True)
+        self._keep_trying(functools.partial(self._store.workers.unregister, self._row.id), matters=True)
 
     # ---- claim and record
 
@@ -3496,14 +3640,14 @@ class Worker:
         now, store = self._now(), self._store
         ended: State | None = None
         if not report:
-            self._seen = store.commits_seen()
-        with self._turn, store.writing():
+            self._seen = store.db.commits_seen()
+        with self._turn, store.db.writing():
             if report:
-                ended = store.finish(*report, self._settings, now, chance=_chance())
+                ended = store.jobs.finish(*report, self._settings, now, chance=_chance())
             hook = hook_for(ended, self._settings)
-            self._settings = store.settings()
+            self._settings = store.config.settings()
             is_resting = self._signals or self._is_homeless or hook
-            job = None if is_resting else store.claim(self._row.id, self._row.queues, now)
+            job = None if is_resting else store.jobs.claim(self._row.id, self._row.queues, now)
         if report and hook:
             self._hooks.append((report[0].id, hook))
         if report and not ended:
@@ -3514,12 +3658,12 @@ class Worker:
 
     def _checkpoint(self) -> None:
         with contextlib.suppress(StoreError):  # whoever is next will try again
-            self._store.checkpoint()
+            self._store.db.checkpoint()
 
     def _run_hook(self, id: str, line: str) -> None:
         """Run the hook of a job that has ended; what goes wrong is noted, and changes nothing else."""
         with contextlib.suppress(QueueError):  # it may have been pruned meanwhile
-            job = self._store.get(id)
+            job = self._store.queries.get(id)
             variables = {
                 "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state.value, "QUEUECTL_QUEUE": job.queue,
                 "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
@@ -3557,12 +3701,12 @@ class Worker:
     def _attempt(self, job: Job) -> Outcome:
         """Run a job once."""
         variables = {"QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_QUEUE": job.queue}
-        self._look_at = time.monotonic() + LOOK_S
+        self._look_at = time.monotonic() + POLL_S
         outcome = run_attempt(
             job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})},
             mark_in(self._home, job.mark), self._settings, self._bell, functools.partial(self._interrupted, job),
         )  # fmt: skip
-        if outcome.end is End.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
+        if outcome.end is EndReason.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
             return outcome._replace(error=f"{outcome.error}; probably out of memory")
         return outcome
 
@@ -3576,40 +3720,40 @@ class Worker:
 
     def _is_drained(self) -> bool:
         with contextlib.suppress(StoreError):
-            return self._row.drain and not self._store.could_run(self._row.queues)
+            return self._row.drain and not self._store.queues.could_run(self._row.queues)
         return False
 
-    def _orders(self, job: Job | None) -> Orders:
+    def _orders(self, job: Job | None) -> StopRequest:
         if self._is_homeless:
-            return Orders(registered=False)
+            return StopRequest(registered=False)
         try:
-            return self._store.orders(self._row.id, job)
+            return self._store.workers.stop_request(self._row.id, job)
         except StoreError as error:
             self._complain(str(error))
-            return Orders(registered=True)
+            return StopRequest(registered=True)
 
-    def _interrupted(self, job: Job, rung: bool) -> End | None:
+    def _interrupted(self, job: Job, rung: bool) -> EndReason | None:
         """Why a job must end early, asked while it runs."""
         if self._signals > 1:
-            return End.GIVEN_BACK
+            return EndReason.GIVEN_BACK
         if self._signals:
             self._complain(f"told to leave: finishes job {job.id} first; told again, gives it back")
         if not rung and time.monotonic() < self._look_at:
             return None
-        self._look_at = time.monotonic() + LOOK_S
+        self._look_at = time.monotonic() + POLL_S
         self._tend_if_time()
         orders = self._orders(job)
         if orders.cancelling:
-            return End.CANCELLED
-        return End.GIVEN_BACK if orders.stop == "now" or not orders.registered else None
+            return EndReason.CANCELLED
+        return EndReason.GIVEN_BACK if orders.stop == "now" or not orders.registered else None
 
     def _wait(self) -> None:
         """Sleep until there may be something to do."""
         try:
-            due = self._store.next_due()
+            due = self._store.jobs.next_due()
             while not (self._signals or self._is_homeless):
-                left_s = LOOK_S if due is None else min(LOOK_S, (due - self._now()) / 1000)
-                if left_s <= 0 or self._bell.wait(left_s) or self._store.commits_seen() != self._seen:
+                left_s = POLL_S if due is None else min(POLL_S, (due - self._now()) / 1000)
+                if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._seen:
                     return
                 self._tend_if_time()
         except StoreError as error:
@@ -3627,7 +3771,7 @@ class Worker:
         """See to what nobody tells us: the home, the clock, and workers that died."""
         if time.monotonic() < self._tend_at:
             return
-        self._tend_at = time.monotonic() + TEND_S
+        self._tend_at = time.monotonic() + DUTY_S
         self._is_homeless = not self._home.is_there(self._database)
         if self._is_homeless:  # with the bells gone all others would seem dead
             return
@@ -3635,20 +3779,20 @@ class Worker:
         clock_ms = self._now() - time.monotonic() * 1000
         try:
             if clock_ms < self._clock_ms - 1000:
-                self._store.restart_backoffs(self._now())
+                self._store.jobs.restart_backoffs(self._now())
                 self._claim_anew()
             self._clock_ms = clock_ms
-            for worker in self._store.worker_ids():
+            for worker in self._store.workers.ids():
                 if worker != self._row.id and not is_alive(self._home, worker) and time.monotonic() >= self._bury_at:
-                    self._bury(worker)
+                    self._recover(worker)
         except StoreError as error:
             self._complain(str(error))
 
-    def _bury(self, dead: int) -> None:
-        ended = bury(self._home, self._store, dead, self._settings, self._now())
+    def _recover(self, dead: int) -> None:
+        ended = recover(self._home, self._store, dead, self._settings, self._now())
         if ended is None:
             self._complain(f"the job of dead worker {dead} cannot be ended yet")
-            self._bury_at = time.monotonic() + 10 * TEND_S  # others want the database too
+            self._bury_at = time.monotonic() + 10 * DUTY_S  # others want the database too
             return
         for job, state in ended:
             self._say(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
@@ -3665,24 +3809,24 @@ def mark_in(home: Home, what: str) -> str:
     return f"{what}@{home.path}".replace(" ", "%20")  # one word, for `ps`
 
 
-def bury(home: Home, store: Store, dead: int, settings: Settings, now: int) -> list[tuple[Job, State | None]] | None:
+def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -> list[tuple[Job, State | None]] | None:
     """End what a dead worker's job left running; only then may the job be tried again.
 
     All in one transaction: nobody can claim the job, and write to its log, while we look for who
     does. The jobs and what they have become; None where something of them cannot be ended.
     """
     ended = []
-    with store.writing():
-        for job in store.under_way(dead):
+    with store.db.writing():
+        for job in store.jobs.running_jobs(dead):
             log = home.log(job.id)
             keep_spooled(home.spool(dead), log)
             if not end_leftovers(mark_in(home, job.mark), log):
                 return None
-            start, _ = log_range(job, store.history(job), job.attempts)
+            start, _ = log_range(job, store.queries.history(job), job.attempts)
             error = f"worker {dead} died while it ran"
-            lost = Outcome(End.LOST, error=error, log_start=start, log_end=size_of(log))
-            ended.append((job, store.finish(job, lost, settings, now)))
-        store.unregister(dead)
+            lost = Outcome(EndReason.LOST, error=error, log_start=start, log_end=size_of(log))
+            ended.append((job, store.jobs.finish(job, lost, settings, now)))
+        store.workers.unregister(dead)
     remove_file(home.bell(dead))
     remove_file(home.spool(dead))
     return ended
@@ -3694,8 +3838,8 @@ def _chance() -> float:
 
 def wake_one(home: Home, store: Store) -> None:
     """Ring the first idle worker that has something to do; it passes the bell on."""
-    queues = store.ready_queues()
-    for row in store.workers() if queues else ():
+    queues = store.queues.ready()
+    for row in store.workers.all() if queues else ():
         if row.job is None and any(map(row.takes, queues)) and ring(home, row.id):
             return
 
@@ -3706,15 +3850,15 @@ def wake_one(home: Home, store: Store) -> None:
 def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) -> None:
     """Be a worker until told to leave; says one line when it is up."""
     # The bell is the last to go: who waits for a worker to leave may then remove its home.
-    with contextlib.ExitStack() as last, Store(home.database, durable=False) as store:
-        row, bell = store.register(
+    with contextlib.ExitStack() as last, open_store(home.database, durable=False) as store:
+        row, bell = store.workers.register(
             own_pid(), host_name(), list(queues) or None, drain, now_ms(),
             open_bell=lambda worker: last.enter_context(contextlib.closing(Bell(home, worker))),
             is_alive=functools.partial(is_alive, home),
         )  # fmt: skip
         remove_file(home.spool(row.id))  # that of a worker of this id in an earlier queue: something may write to it
-        store.patience_s = WORKER_PATIENCE_S  # from here on there is more to do than to wait
-        say = worker_voice(home, row, echo)
+        store.db.busy_timeout_s = WORKER_BUSY_TIMEOUT_S  # from here on there is more to do than to wait
+        say = open_worker_log(home, row, echo)
         worker = Worker(home, store, row, bell, say)
         become_worker(worker.leave)
         print(f"worker {row.id} is up (pid {row.pid}, slot {row.slot})", flush=True)  # first: somebody waits for it
@@ -3735,7 +3879,7 @@ def serve_or_say(home: Home, queues: Sequence[str], drain: bool) -> None:
         print(f"Error: {error}", flush=True)
 
 
-def worker_voice(home: Home, row: WorkerRow, echo: bool) -> Callable[[str], None]:
+def open_worker_log(home: Home, row: WorkerRow, echo: bool) -> Callable[[str], None]:
     """How a worker says something: a line in worker.log, and on stderr where `echo`."""
     import logging
 
@@ -3768,20 +3912,20 @@ def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) ->
 
 def living_workers(home: Home, store: Store) -> list[WorkerRow]:
     """The workers that run now."""
-    return [row for row in store.workers() if is_alive(home, row.id)]
+    return [row for row in store.workers.all() if is_alive(home, row.id)]
 
 
 def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
     """Cancel jobs, and wait until the processes of those under way are ended; the ids of those cancelled then."""
-    chosen = store.cancel(which, now_ms())
+    chosen = store.changes.cancel(which, now_ms())
     holders = {job.worker or 0 for job in chosen if job.state is State.PROCESSING}
-    for worker in holders.intersection(store.worker_ids()):
+    for worker in holders.intersection(store.workers.ids()):
         if not ring(home, worker):
-            bury(home, store, worker, store.settings(), now_ms())
+            recover(home, store, worker, store.config.settings(), now_ms())
     seqs = [job.seq for job in chosen]
-    while store.counts(seqs)[State.PROCESSING] and any(is_alive(home, worker) for worker in holders):
-        time.sleep(WAIT_LOOK_S)
-    return [job.id for job in chosen if store.get(job.id).state is State.CANCELLED]
+    while store.queries.counts(seqs)[State.PROCESSING] and any(is_alive(home, worker) for worker in holders):
+        time.sleep(WAIT_POLL_S)
+    return [job.id for job in chosen if store.queries.get(job.id).state is State.CANCELLED]
 
 
 def wait_for_jobs(
@@ -3796,9 +3940,9 @@ def wait_for_jobs(
     seen, before = None, None
     removed = 0  # of the dead and cancelled: that they are gone does not make them good
     while True:
-        version = store.commits_seen()
+        version = store.db.commits_seen()
         if version != seen:
-            counts, seen = store.counts(seqs), version
+            counts, seen = store.queries.counts(seqs), version
             removed += removed_failures(before or counts, counts)
             before = counts
             progress(sum(counts[state] for state in ENDED))
@@ -3807,7 +3951,7 @@ def wait_for_jobs(
         if time.monotonic() >= deadline:
             return None
         look()
-        time.sleep(WAIT_LOOK_S)
+        time.sleep(WAIT_POLL_S)
 
 
 def removed_failures(before: Mapping[State, int], counts: Mapping[State, int]) -> int:
@@ -3822,26 +3966,26 @@ def follow_log(
     """Hand on a job's output as it comes, through retries, until the job has ended; the job then."""
     at = start
     while True:
-        job = store.get(job.id)  # first, so that what was written before its end is read after
+        job = store.queries.get(job.id)  # first, so that what was written before its end is read after
         for block in read_log(path, at):
             at += len(block)
             write(block)
         if job.state in ENDED:
             return job
         look()
-        time.sleep(FOLLOW_LOOK_S)
+        time.sleep(FOLLOW_POLL_S)
 
 
 def stop_workers(home: Home, store: Store, how: str, timeout_s: float) -> tuple[list[int], list[int]]:
     """Tell every worker to leave and wait; the ids of those told, and of those still there."""
     told = [row.id for row in living_workers(home, store)]
-    store.tell_to_stop(told, how)
+    store.workers.request_stop(told, how)
     for worker in told:
         ring(home, worker)
     deadline = time.monotonic() + timeout_s
     left = told
     while left and time.monotonic() < deadline:
-        time.sleep(WAIT_LOOK_S)
+        time.sleep(WAIT_POLL_S)
         left = [worker for worker in left if is_alive(home, worker)]
     return told, left
 
@@ -3914,7 +4058,7 @@ def with_store(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(**options: Any) -> Any:
         home = open_home()
-        with Store(home.database) as store:
+        with open_store(home.database) as store:
             return command(home, store, **options)
 
     return run
@@ -3926,7 +4070,7 @@ def say(lines: Iterable[str]) -> None:
         click.echo(line, color=wants_colour())
 
 
-def say_json(document: Any) -> None:
+def echo_json(document: Any) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(document))
 
@@ -3934,7 +4078,7 @@ def say_json(document: Any) -> None:
 def answer(as_json: bool, document: Any, lines: Iterable[str]) -> None:
     """Print the document for a program, or the lines for a person."""
     if as_json:
-        say_json(document)
+        echo_json(document)
     else:
         say(lines)
 
@@ -3964,8 +4108,8 @@ def complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     """The newest ids that begin so; behind `--` files."""
     if "typed" in ctx.meta:
         return complete_files(ctx, param, incomplete)
-    with Store(open_home().database, patience_s=1.0) as store:
-        return [id for id in store.newest_ids() if id.startswith(incomplete)]
+    with open_store(open_home().database, busy_timeout_s=1.0) as store:
+        return [id for id in store.queries.newest_ids() if id.startswith(incomplete)]
 
 
 def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -4038,20 +4182,21 @@ def cli() -> None:
 def enqueue(job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_json: bool, **options: Any) -> int:
     """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -."""
     options["env"] = with_values(options["env"])
-    specs = specs_given(job, click.get_current_context().meta.get("typed"), file, parse_options(options))
+    now = now_ms()
+    specs = specs_given(job, click.get_current_context().meta.get("typed"), file, parse_options(options), now)
     home = open_home()
-    with Store(home.database) as store:
+    with open_store(home.database) as store:
         with counting(specs) as counted:
-            stored = store.enqueue(counted, now_ms(), skip_existing=skip_existing)
+            stored = store.jobs.enqueue(counted, now, skip_existing=skip_existing)
         wake_one(home, store)
         jobs = list(stored) if as_json or wait else stored
         if as_json:
-            say_json([{"id": id, "created": created} for id, created in jobs])
+            echo_json([{"id": id, "created": created} for id, created in jobs])
         else:
             say(id for id, _ in jobs)
         if not wait and sys.stderr.isatty() and not living_workers(home, store):
-            say_aside("no worker is running; start one: queuectl worker start")
-        return see_through(home, store, [id for id, _ in jobs], is_quiet=as_json) if wait else 0
+            echo_err("no worker is running; start one: queuectl worker start")
+        return stream_until_done(home, store, [id for id, _ in jobs], is_quiet=as_json) if wait else 0
 
 
 @contextlib.contextmanager
@@ -4064,19 +4209,19 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
         yield bar
 
 
-def see_through(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) -> int:
+def stream_until_done(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) -> int:
     """Wait for jobs, showing the output of one alone; what to exit with."""
-    jobs = [store.get(id) for id in ids]
+    jobs = [store.queries.get(id) for id in ids]
     seqs = [job.seq for job in jobs]
-    look = Lookout(home, store, seqs)
+    look = StallReporter(home, store, seqs)
     if len(jobs) != 1:
         found = wait_for_jobs(store, seqs, math.inf, lambda _: None, look)
         name_failures(store, seqs, found)
         return exit_code_of_all(found)
     job = follow_log(store, home.log(jobs[0].id), jobs[0], (lambda _: None) if is_quiet else write_out, look)
-    last = next(reversed(store.history(job)), None)
-    if job.error and (last is None or last.ended_by != End.EXITED.value or last.signal):
-        say_aside(f"job {how_ended(job)}")  # its output does not say that
+    last = next(reversed(store.queries.history(job)), None)
+    if job.error and (last is None or last.ended_by != EndReason.EXITED.value or last.signal):
+        echo_err(f"job {how_ended(job)}")  # its output does not say that
     return exit_code_of(job, last)
 
 
@@ -4087,17 +4232,17 @@ def write_out(block: bytes) -> None:
 
 
 def specs_given(
-    words: Sequence[str], typed: Sequence[str] | None, file: Any, fields: dict[str, Any]
+    words: Sequence[str], typed: Sequence[str] | None, file: Any, fields: dict[str, Any], now: int
 ) -> Iterable[tuple[str, Spec]]:
     """The jobs that an `enqueue` names, in whichever of its forms."""
-    fields, now = {"cwd": here(), **fields}, now_ms()
+    fields = {"cwd": here(), **fields}
     if typed and not words and not file:
-        return [("", in_place(check_job({**fields, "command": as_typed(typed)}, now)))]
+        return [("", with_absolute_cwd(check_job({**fields, "command": as_typed(typed)}, now)))]
     if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
         batch = read_batch(file or sys.stdin.buffer, now, fields)
-        return ((where, in_place(spec)) for where, spec in batch)
+        return ((where, with_absolute_cwd(spec)) for where, spec in batch)
     if len(words) == 1 and not file and typed is None and words[0].lstrip()[:1] in ("{", "["):
-        return [("", in_place(check_job(parse_job(words[0]), now, fields)))]
+        return [("", with_absolute_cwd(check_job(parse_job(words[0]), now, fields)))]
     if any(word.lstrip().startswith("{") or ":" in word for word in words):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
     raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
@@ -4108,7 +4253,7 @@ def as_typed(words: Sequence[str]) -> str | list[str]:
     return words[0] if len(words) == 1 else list(words)
 
 
-def in_place(spec: Spec) -> Spec:
+def with_absolute_cwd(spec: Spec) -> Spec:
     """A spec whose directory is seen from here."""
     return {**spec, "cwd": check_field("cwd", here(spec["cwd"]))}
 
@@ -4130,7 +4275,7 @@ def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: boo
     leave_job(sys.argv[1:])
     check_queues(queues)
     home = open_home()
-    Store(home.database).close()
+    open_store(home.database).close()
     if foreground:
         refuse_several(count)
         return serve(home, queues, drain, echo=True)
@@ -4161,7 +4306,7 @@ def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_jso
     is_watched = sys.stderr.isatty() and not now
     busy = [row.job for row in living_workers(home, store) if row.job] if is_watched else []
     if busy:
-        say_aside(f"workers leave when their jobs have ended, {busy[0]} among them; to end those: worker stop --now")
+        echo_err(f"workers leave when their jobs have ended, {busy[0]} among them; to end those: worker stop --now")
     told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
     if left:
         raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
@@ -4194,13 +4339,13 @@ def status(home: Home, store: Store, watch: bool, as_json: bool) -> None:
 
 def show_status(home: Home, store: Store, as_json: bool) -> None:
     """Print the status once."""
-    counts, rows = store.counts(), store.workers()
+    counts, rows = store.queries.counts(), store.workers.all()
     alive = [row for row in rows if is_alive(home, row.id)]
     lost = sum(row.job is not None for row in rows if row not in alive)
     if as_json:
-        say_json(status_json(counts, alive, store.queues()))
+        echo_json(status_json(counts, alive, store.queues.all()))
     else:
-        say(status_lines(counts, alive, store.queues(), lost, store.cut_off()))
+        say(status_lines(counts, alive, store.queues.all(), lost, store.queries.recent_timeouts()))
 
 
 @cli.command("list")
@@ -4221,16 +4366,16 @@ def show_jobs(home: Home, store: Store, where: Selection, states: Sequence[str],
               sort: str = "seq") -> None:  # fmt: skip
     """Print jobs, and how many more there are."""
     if as_json:
-        say_json([job_json(job) for job in store.jobs(where, states, limit, sort)])
+        echo_json([job_json(job) for job in store.queries.jobs(where, states, limit, sort)])
         return
-    jobs = store.jobs(where, states, LIST_ROWS if limit is None else limit, sort)
-    found = store.obstacles(jobs, living_workers(home, store))
-    say(job_lines(jobs, found, store.how_many(where, states) - len(jobs), now_ms(), width()))
+    jobs = store.queries.jobs(where, states, LIST_ROWS if limit is None else limit, sort)
+    found = store.queries.wait_reasons(jobs, living_workers(home, store), store.queues.all())
+    say(job_lines(jobs, found, store.queries.how_many(where, states) - len(jobs), now_ms(), width()))
 
 
 def reason_of(home: Home, store: Store, job: Job) -> Reason:
     """Why a job is not running now."""
-    [obstacles] = store.obstacles([job], living_workers(home, store))
+    [obstacles] = store.queries.wait_reasons([job], living_workers(home, store), store.queues.all())
     return why_not_running(job, obstacles, now_ms())
 
 
@@ -4240,13 +4385,13 @@ def reason_of(home: Home, store: Store, job: Job) -> Reason:
 @with_store
 def show(home: Home, store: Store, id: str, as_json: bool) -> None:
     """Show one job, whole, with its attempts and why it is not running."""
-    job = store.get(id)
-    history = store.history(job)
+    job = store.queries.get(id)
+    history = store.queries.history(job)
     reason = reason_of(home, store, job)
     if as_json:
-        say_json(job_json(job) | {"reason": reason.why, "history": [attempt_json(a) for a in history]})
+        echo_json(job_json(job) | {"reason": reason.why, "history": [attempt_json(a) for a in history]})
     else:
-        say(show_lines(job, history, reason, home.log(job.id), store.settings(), now_ms(), width()))
+        say(show_lines(job, history, reason, home.log(job.id), store.config.settings(), now_ms(), width()))
 
 
 @cli.command()
@@ -4258,17 +4403,17 @@ def show(home: Home, store: Store, id: str, as_json: bool) -> None:
 @with_store
 def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, attempt: int | None, raw: bool) -> None:
     """Print a job's output."""
-    job = store.get(id)
+    job = store.queries.get(id)
     path = home.log(job.id)
-    start, end = log_range(job, store.history(job), attempt)
+    start, end = log_range(job, store.queries.history(job), attempt)
     start = start if tail is None else max(start, tail_start(path, tail, end))
     if follow and end is None:
-        job = follow_log(store, path, job, write_out, Lookout(home, store, [job.seq]), start)
+        job = follow_log(store, path, job, write_out, StallReporter(home, store, [job.seq]), start)
         if job.state is not State.COMPLETED:
-            say_aside(f"job {how_ended(job)}")
+            echo_err(f"job {how_ended(job)}")
         return
     if job.state in WAITING and not job.attempts:
-        say_aside(f"job {job.id} has not started: {reason_of(home, store, job).why}")
+        echo_err(f"job {job.id} has not started: {reason_of(home, store, job).why}")
     blocks = read_log(path, start, end)
     for block in blocks if raw else fold_returns(blocks):
         sys.stdout.buffer.write(block)
@@ -4282,13 +4427,13 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
 @with_store
 def wait(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
-    seqs = None if which == Selection() else [job.seq for job in some_of(store.chosen(which))]
-    counts = store.counts(seqs)
+    seqs = None if which == Selection() else [job.seq for job in some_of(store.queries.chosen(which))]
+    counts = store.queries.counts(seqs)
     timeout_s = option_duration("--timeout", timeout)
     with progress_to(sum(counts.values())) as progress:
-        found = wait_for_jobs(store, seqs, timeout_s, progress, Lookout(home, store, seqs))
+        found = wait_for_jobs(store, seqs, timeout_s, progress, StallReporter(home, store, seqs))
     if as_json:
-        say_json({state.value: found[state] if found else 0 for state in ENDED} | {"timed_out": found is None})
+        echo_json({state.value: found[state] if found else 0 for state in ENDED} | {"timed_out": found is None})
     name_failures(store, seqs, found)
     return exit_code_of_all(found)
 
@@ -4297,10 +4442,10 @@ def name_failures(store: Store, seqs: Sequence[int] | None, counts: Mapping[Stat
     """Name some of these jobs, with None of all, that have ended and not completed."""
     failed = sum(counts[state] for state in HOPELESS) if counts else 0
     if counts and failed:
-        named = [how_ended(job) for job in store.not_completed(seqs, 3)]
+        named = [how_ended(job) for job in store.queries.not_completed(seqs, 3)]
         more = [f"{failed - len(named)} more"] if failed > len(named) > 0 else []
         what = ": ".join(filter(None, ("did not complete", ", ".join(named + more))))
-        say_aside(f"{failed} of {sum(counts.values())} {what}")
+        echo_err(f"{failed} of {sum(counts.values())} {what}")
 
 
 def some_of(jobs: list[Job]) -> list[Job]:
@@ -4310,7 +4455,7 @@ def some_of(jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-class Lookout:
+class StallReporter:
     """Tells who waits for jobs what keeps them from ending, with the command that helps: once for each such thing."""
 
     def __init__(self, home: Home, store: Store, seqs: Sequence[int] | None) -> None:
@@ -4321,21 +4466,21 @@ class Lookout:
     def __call__(self) -> None:
         """Look, if it is time to."""
         if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + TEND_S
+            self._look_at = time.monotonic() + DUTY_S
             found = self._obstacle()
             if found and found != self._said:
-                say_aside(found)
+                echo_err(found)
             self._said = found
 
     def _obstacle(self) -> str | None:
-        job = self._store.next_of(self._seqs)
+        job = self._store.queries.next_of(self._seqs)
         if not job:
             return None
         reason = reason_of(self._home, self._store, job)
         return f"job {job.id}: {reason.why}; {reason.remedy}" if reason.why and reason.remedy else None
 
 
-def say_aside(text: str) -> None:
+def echo_err(text: str) -> None:
     """A line on standard error, in the place of a progress bar that may stand there."""
     erase = "\r\x1b[K" if sys.stderr.isatty() else ""
     click.echo(erase + printable(text), err=True)
@@ -4357,7 +4502,7 @@ def progress_to(total: int) -> Iterator[Callable[[int], object]]:
 @with_store
 def cancel(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let waiting jobs never run, and end those that do."""
-    say_done(cancel_jobs(home, store, which), "cancelled", as_json)
+    echo_done(cancel_jobs(home, store, which), "cancelled", as_json)
 
 
 @cli.command(cls=TypedCommand)
@@ -4376,9 +4521,9 @@ def edit(home: Home, store: Store, which: Selection, clear: Sequence[str], as_js
         options |= {"tag": which.tag, "queue": which.queue}
         which = Selection(which.ids)
     spec = changes_given(click.get_current_context().meta.get("typed"), options, clear)
-    done = store.edit(which, spec, now_ms())
+    done = store.changes.edit(which, spec, now_ms())
     wake_one(home, store)
-    say_done(done, "edited", as_json)
+    echo_done(done, "edited", as_json)
 
 
 def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear: Sequence[str]) -> Spec:
@@ -4393,7 +4538,7 @@ def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear
     if not fields and not cleared:
         raise BadInput("name a field to change, for example --priority 5")
     spec = check_fields(fields, now_ms())
-    return {**(in_place(spec) if "cwd" in spec else spec), **cleared}
+    return {**(with_absolute_cwd(spec) if "cwd" in spec else spec), **cleared}
 
 
 @cli.group()
@@ -4421,9 +4566,9 @@ def dlq_list(home: Home, store: Store, which: Selection, limit: int | None, as_j
 @with_store
 def dlq_retry(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Put dead jobs back to pending, with no attempts made."""
-    done = store.retry_dead(which, now_ms())
+    done = store.changes.retry_dead(which, now_ms())
     wake_one(home, store)
-    say_done(done, "pending again", as_json)
+    echo_done(done, "pending again", as_json)
 
 
 @dlq.command("purge")
@@ -4433,13 +4578,13 @@ def dlq_retry(home: Home, store: Store, which: Selection, as_json: bool) -> None
 @with_store
 def dlq_purge(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Remove dead jobs and their logs for good."""
-    done = store.purge_dead(which)
+    done = store.changes.purge_dead(which)
     for id in done:
         remove_file(home.log(id))
-    say_done(done, "purged", as_json)
+    echo_done(done, "purged", as_json)
 
 
-def say_done(ids: Sequence[str], what: str, as_json: bool) -> None:
+def echo_done(ids: Sequence[str], what: str, as_json: bool) -> None:
     """Print what has become of some jobs."""
     answer(as_json, [{"id": id} for id in ids], [f"{id} {what}" for id in ids] or ["no such jobs"])
 
@@ -4450,7 +4595,7 @@ def say_done(ids: Sequence[str], what: str, as_json: bool) -> None:
 @with_store
 def hold(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Keep waiting jobs from starting until `release`."""
-    say_done(store.set_hold(which, True, now_ms()), "on hold", as_json)
+    echo_done(store.changes.set_hold(which, True, now_ms()), "on hold", as_json)
 
 
 @cli.command()
@@ -4459,9 +4604,9 @@ def hold(home: Home, store: Store, which: Selection, as_json: bool) -> None:
 @with_store
 def release(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let jobs on hold go."""
-    done = store.set_hold(which, False, now_ms())
+    done = store.changes.set_hold(which, False, now_ms())
     wake_one(home, store)
-    say_done(done, "released", as_json)
+    echo_done(done, "released", as_json)
 
 
 @cli.group("queue")
@@ -4474,7 +4619,7 @@ def queue_group() -> None:
 @with_store
 def queue_list(home: Home, store: Store, as_json: bool) -> None:
     """Show how many jobs each queue holds."""
-    rows = store.queues()
+    rows = store.queues.all()
     answer(as_json, [queue_json(row) for row in rows], queue_lines(rows, width()))
 
 
@@ -4486,8 +4631,8 @@ def queue_list(home: Home, store: Store, as_json: bool) -> None:
 def queue_pause(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
     """Start nothing new in these queues."""
     chosen = queues_given(store, names, every)
-    store.set_paused(chosen, True)
-    say_done(chosen, "paused", as_json)
+    store.queues.set_paused(chosen, True)
+    echo_done(chosen, "paused", as_json)
 
 
 @queue_group.command("resume")
@@ -4498,9 +4643,9 @@ def queue_pause(home: Home, store: Store, names: Sequence[str], every: bool, as_
 def queue_resume(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
     """Go on with these queues."""
     chosen = queues_given(store, names, every)
-    store.set_paused(chosen, False)
+    store.queues.set_paused(chosen, False)
     wake_one(home, store)
-    say_done(chosen, "resumed", as_json)
+    echo_done(chosen, "resumed", as_json)
 
 
 def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
@@ -4508,7 +4653,7 @@ def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
     check_queues(names)
     if bool(names) == every:
         raise BadInput("name queues, or say --all: one of the two")
-    return [row.name for row in store.queues()] if every else list(names)
+    return [row.name for row in store.queues.all()] if every else list(names)
 
 
 @queue_group.command("limit")
@@ -4519,9 +4664,9 @@ def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
 def queue_limit(home: Home, store: Store, name: str, limit: str, as_json: bool) -> None:
     """Let at most N jobs of a queue run at once."""
     check_queues([name])
-    store.set_limit(name, None if limit == "none" else check_limit(limit))
+    store.queues.set_limit(name, None if limit == "none" else check_limit(limit))
     wake_one(home, store)
-    say_done([name], f"limit {limit}", as_json)
+    echo_done([name], f"limit {limit}", as_json)
 
 
 def check_limit(text: str) -> int:
@@ -4541,7 +4686,7 @@ def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_
     """Remove jobs that have ended (completed, dead or cancelled), and their logs."""
     before = now_ms() - round(option_duration("--older-than", older_than) * 1000) + 1
     removed = 0
-    for ids in store.prune([State(state) for state in states] or ENDED, before, dry_run=dry_run):
+    for ids in store.changes.prune([State(state) for state in states] or ENDED, before, dry_run=dry_run):
         removed += len(ids)
         for id in () if dry_run else ids:
             remove_file(home.log(id))
@@ -4554,7 +4699,7 @@ def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_
 @with_store
 def export(home: Home, store: Store, states: Sequence[str]) -> None:
     """Write jobs as JSON Lines that `enqueue -` reads back."""
-    say(export_line(job) for job in store.jobs(states=states))
+    say(export_line(job) for job in store.queries.jobs(states=states))
 
 
 @cli.group()
@@ -4567,7 +4712,7 @@ def config() -> None:
 @with_store
 def config_list(home: Home, store: Store, as_json: bool) -> None:
     """Show every key, its value and what it means."""
-    values = store.settings()._asdict()
+    values = store.config.settings()._asdict()
     rows = [[key, printable(plain(value)), SETTINGS[key].help] for key, value in values.items()]
     answer(as_json, values, table(("KEY", "VALUE", "MEANING"), rows, width()))
 
@@ -4578,9 +4723,9 @@ def config_list(home: Home, store: Store, as_json: bool) -> None:
 @with_store
 def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
     """Print a value alone."""
-    value = getattr(store.settings(), setting_key(key))
+    value = getattr(store.config.settings(), setting_key(key))
     if as_json:
-        say_json(value)
+        echo_json(value)
     else:
         shown = printable(plain(value)) if sys.stdout.isatty() else plain(value)
         click.echo(shown, color=True)  # or click would take escapes off that belong to the value
@@ -4593,8 +4738,8 @@ def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
 @with_store
 def config_set(home: Home, store: Store, key: str, value: str, as_json: bool) -> None:
     """Set a key; it reaches running workers with their next job."""
-    store.configure(setting_key(key), parse_setting(key, value))
-    say_setting(store, setting_key(key), as_json)
+    store.config.set(setting_key(key), parse_setting(key, value))
+    echo_setting(store, setting_key(key), as_json)
 
 
 @config.command("unset")
@@ -4603,13 +4748,13 @@ def config_set(home: Home, store: Store, key: str, value: str, as_json: bool) ->
 @with_store
 def config_unset(home: Home, store: Store, key: str, as_json: bool) -> None:
     """Go back to a key's default."""
-    store.configure(setting_key(key), None)
-    say_setting(store, setting_key(key), as_json)
+    store.config.set(setting_key(key), None)
+    echo_setting(store, setting_key(key), as_json)
 
 
-def say_setting(store: Store, key: str, as_json: bool) -> None:
+def echo_setting(store: Store, key: str, as_json: bool) -> None:
     """Print a key and the value that is in force."""
-    value = getattr(store.settings(), key)
+    value = getattr(store.config.settings(), key)
     answer(as_json, {key: value}, [f"{key} = {plain(value)}"])
 
 
@@ -4620,7 +4765,7 @@ def say_setting(store: Store, key: str, as_json: bool) -> None:
 def doctor(home: Home, store: Store, repair: bool, as_json: bool) -> int:
     """Look for what is wrong with the queue; exit 1 where something is."""
     if repair:
-        mend(home, store)
+        repair_home(home, store)
     found = list(findings(home, store))
     surroundings = f"SQLite {sqlite_version()}, {free_bytes(home.path) >> 20} MiB free in {home.path}"
     answer(as_json, {"ok": not found, "problems": found}, [surroundings, *(found or ["all is well"])])
@@ -4629,24 +4774,24 @@ def doctor(home: Home, store: Store, repair: bool, as_json: bool) -> int:
 
 def findings(home: Home, store: Store) -> Iterator[str]:
     """Each thing that is wrong, with what to do."""
-    damage = store.damage()
+    damage = store.upkeep.damage()
     yield from (f"damaged: {problem}" for problem in damage)
     if damage:
         return
-    yield from store.miscounts()
-    dead = [row for row in store.workers() if not is_alive(home, row.id)]
+    yield from store.upkeep.miscounts()
+    dead = [row for row in store.workers.all() if not is_alive(home, row.id)]
     yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
                 "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
-    yield from home_problems(home, store.exists, store.worker_ids)
+    yield from home_problems(home, store.queries.exists, store.workers.ids)
     if free_bytes(home.path) < LOW_DISK_BYTES:
         yield f"the disk of {home.path} is nearly full"
 
 
-def mend(home: Home, store: Store) -> None:
+def repair_home(home: Home, store: Store) -> None:
     """Repair what the findings are about, as far as it can be."""
-    store.repair(now_ms())
+    store.upkeep.repair(now_ms())
     make_private(home)
-    remove_stray_logs(home, store.exists, store.worker_ids)
+    remove_stray_logs(home, store.queries.exists, store.workers.ids)
 
 
 @cli.command()
@@ -4658,11 +4803,11 @@ def backup(home: Home, store: Store, file: str, restore: bool, as_json: bool) ->
     """Copy the queue to a file while workers run, or restore it from one."""
     refuse_own(home, file)
     if restore:
-        refuse_while_working(home, store)
-        store.restore(existing(file), functools.partial(refuse_while_working, home))
+        refuse_while_working(home, store.workers.all())
+        store.upkeep.restore(require_file(file), functools.partial(refuse_while_working, home))
     else:
         save(store, file)
-    count = sum(store.counts().values())
+    count = sum(store.queries.counts().values())
     done = f"{'restored from' if restore else 'saved to'} {file}: {number_of(count, 'job')}"
     answer(as_json, {"file": file, "jobs": count}, [done])
 
@@ -4672,13 +4817,13 @@ def save(store: Store, file: str) -> None:
     made = f"{file}.part"
     remove_file(made)  # of a backup that was cut short
     make_private_file(made)
-    store.back_up(made)
-    publish(made, file)
+    store.upkeep.back_up(made)
+    replace_file(made, file)
 
 
-def refuse_while_working(home: Home, store: Store) -> None:
+def refuse_while_working(home: Home, rows: Sequence[WorkerRow]) -> None:
     """A queue is not replaced under its workers."""
-    if living_workers(home, store):
+    if any(is_alive(home, row.id) for row in rows):
         raise QueueError("workers are running; stop them first: queuectl worker stop")
 
 
@@ -4690,9 +4835,9 @@ def metrics(home: Home, store: Store, prometheus: bool, as_json: bool) -> None:
     """Show how many jobs did well, how long they waited and ran."""
     refuse_both(prometheus and "--prometheus", as_json and "--json")
     if prometheus:
-        say(prometheus_lines(store.queues(), living_workers(home, store), store.tallies()))
+        say(prometheus_lines(store.queues.all(), living_workers(home, store), store.queries.tallies()))
         return
-    found = metrics_json(store.counts(), store.times(), store.tallies())
+    found = metrics_json(store.queries.counts(), store.queries.times(), store.queries.tallies())
     answer(as_json, found, shown_here(metrics_lines(found)))
 
 

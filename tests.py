@@ -164,7 +164,7 @@ class Home:
     def start(self, count: int = 1, *args: str, **options: Any) -> list[q.WorkerRow]:
         """Start workers; those that run then."""
         self.run("worker", "start", "--count", str(count), *args, **options)
-        return self.store.workers()
+        return self.store.workers.all()
 
     # -- the database
 
@@ -181,7 +181,7 @@ class Home:
     @functools.cached_property
     def store(self) -> q.Store:
         """The store of this home."""
-        return q.Store(self.home.database, DEADLINE_S)
+        return q.open_store(self.home.database, DEADLINE_S)
 
     def dump(self) -> list[str]:
         """Every row there is."""
@@ -199,12 +199,13 @@ class Home:
 
     def add_all(self, jobs: Iterable[dict[str, Any]]) -> list[str]:
         """Store jobs in one transaction."""
-        specs = [("", q.check_job({"cwd": str(self.work), **job}, 0)) for job in jobs]
-        return [id for id, _ in self.store.enqueue(specs, q.now_ms())]
+        now = q.now_ms()
+        specs = [("", q.check_job({"cwd": str(self.work), **job}, now)) for job in jobs]
+        return [id for id, _ in self.store.jobs.enqueue(specs, now)]
 
     def job(self, id: str) -> q.Job:
         """A job as it is now."""
-        return self.store.get(id)
+        return self.store.queries.get(id)
 
     def state(self, id: str) -> str:
         """The state of a job."""
@@ -212,7 +213,7 @@ class Home:
 
     def history(self, id: str) -> list[q.Attempt]:
         """The attempts of a job that have ended."""
-        return self.store.history(self.job(id))
+        return self.store.queries.history(self.job(id))
 
     def ended(self, id: str) -> q.Job:
         """A job, once it has ended."""
@@ -225,11 +226,11 @@ class Home:
 
     def worker_row(self, pid: int = 0) -> int:
         """Register a worker that is not there."""
-        return self.store.register(pid, "host", None, False, q.now_ms(), lambda _: None, lambda _: True)[0].id
+        return self.store.workers.register(pid, "host", None, False, q.now_ms(), lambda _: None, lambda _: True)[0].id
 
     def claim(self, worker: int, now: int | None = None) -> q.Job:
         """Claim a job for a worker; there must be one."""
-        job = self.store.claim(worker, None, q.now_ms() if now is None else now)
+        job = self.store.jobs.claim(worker, None, q.now_ms() if now is None else now)
         assert job
         return job
 
@@ -258,7 +259,7 @@ class Home:
 
     def kill_workers(self) -> list[q.WorkerRow]:
         """`kill -9` of every worker."""
-        rows = self.store.workers()
+        rows = self.store.workers.all()
         for number in (KILL,) if WINDOWS else (signal.SIGSTOP, KILL):  # at once: none sees another dead
             for row in rows:
                 os.kill(row.pid, number)
@@ -268,7 +269,7 @@ class Home:
     def close(self) -> None:
         """Leave nothing behind, whatever has happened."""
         with contextlib.suppress(Exception):
-            if os.path.exists(self.home.database) and self.store.workers():
+            if os.path.exists(self.home.database) and self.store.workers.all():
                 pids = [row.pid for row in q.living_workers(self.home, self.store)]
                 with contextlib.suppress(AssertionError):
                     self.run("worker", "stop", "--now", "--timeout", "20")
@@ -321,7 +322,7 @@ def is_running(pid: int) -> bool:
 
 def completed(home: Home, count: int) -> bool:
     """Have so many jobs completed?"""
-    return home.store.counts()[q.State.COMPLETED] >= count
+    return home.store.queries.counts()[q.State.COMPLETED] >= count
 
 
 def sleeping(seconds: float) -> str:
@@ -347,7 +348,7 @@ def a_worker(**changes: Any) -> q.WorkerRow:
 
 def exited(code: int) -> q.Outcome:
     """The outcome of a command that ended by itself."""
-    return q.Outcome(q.End.EXITED, code, error=f"exit code {code}" if code else None)
+    return q.Outcome(q.EndReason.EXITED, code, error=f"exit code {code}" if code else None)
 
 
 # A child that cannot be asked to leave and is in a session of its own; it writes down its id.
@@ -495,6 +496,7 @@ def test_iso_time_reaches_as_far_as_a_job_may_be_put_off() -> None:
 
 def test_run_at_is_unix_seconds_or_iso_8601() -> None:
     """A start time may be Unix seconds or ISO 8601, which without a zone means local time."""
+
     def at(value: Any) -> int:
         return int(q.check_fields({"run_at": value}, 0)["run_at"])
 
@@ -591,49 +593,54 @@ def test_backoff_may_be_capped_and_spread() -> None:
     assert 0 < q.backoff_s(a_job(attempts=10**6), q.Settings(), 1) < 10**12
 
 
-def test_judge_completes_on_zero_and_ok_codes() -> None:
+def test_decide_completes_on_zero_and_ok_codes() -> None:
     """Exit code 0 and the job's `ok_codes` complete, also where the job was being cancelled."""
     for job, code in ((a_job(), 0), (a_job(ok_codes=[3]), 3), (a_job(cancelling=True), 0)):
-        same(q.judge(job._replace(attempts=1), exited(code), q.Settings(), 0, 0), q.Verdict(q.State.COMPLETED, 1))
+        same(q.decide(job._replace(attempts=1), exited(code), q.Settings(), 0, 0), q.Transition(q.State.COMPLETED, 1))
 
 
-def test_judge_fails_until_the_retries_are_used_up() -> None:
+def test_decide_fails_until_the_retries_are_used_up() -> None:
     """Attempt n of at most 1 + max_retries fails and waits base ** n; the last is dead."""
-    verdicts = [q.judge(a_job(attempts=n), exited(1), q.Settings(max_retries=2), 1000, 0) for n in (1, 2, 3)]
+    verdicts = [q.decide(a_job(attempts=n), exited(1), q.Settings(max_retries=2), 1000, 0) for n in (1, 2, 3)]
     same(verdicts, [(q.State.FAILED, 1, 3000), (q.State.FAILED, 2, 5000), (q.State.DEAD, 3, None)])
-    same(q.judge(a_job(attempts=1, max_retries=0), exited(1), q.Settings(), 0, 0).state, q.State.DEAD)
-    for end in (q.End.TIMED_OUT, q.End.NOT_STARTED):
-        same(q.judge(a_job(attempts=1), q.Outcome(end), q.Settings(), 0, 0), (q.State.FAILED, 1, 2000))
+    same(q.decide(a_job(attempts=1, max_retries=0), exited(1), q.Settings(), 0, 0).state, q.State.DEAD)
+    for end in (q.EndReason.TIMED_OUT, q.EndReason.NOT_STARTED):
+        same(q.decide(a_job(attempts=1), q.Outcome(end), q.Settings(), 0, 0), (q.State.FAILED, 1, 2000))
 
 
-def test_judge_no_retry_codes_are_final() -> None:
+def test_decide_no_retry_codes_are_final() -> None:
     """An exit code in `no_retry_codes` sends a job to the dead at once."""
-    same(q.judge(a_job(attempts=1, no_retry_codes=[4]), exited(4), q.Settings(), 0, 0), (q.State.DEAD, 1, None))
+    same(q.decide(a_job(attempts=1, no_retry_codes=[4]), exited(4), q.Settings(), 0, 0), (q.State.DEAD, 1, None))
 
 
-def test_judge_snooze_does_not_count() -> None:
+def test_decide_snooze_does_not_count() -> None:
     """Exit code 75 of a job with `snooze` puts it back for its backoff without counting the attempt."""
-    same(q.judge(a_job(attempts=1, snooze=True), exited(75), q.Settings(), 0, 0), (q.State.PENDING, 0, 2000))
-    same(q.judge(a_job(attempts=1), exited(75), q.Settings(), 0, 0).state, q.State.FAILED)
+    same(q.decide(a_job(attempts=1, snooze=True), exited(75), q.Settings(), 0, 0), (q.State.PENDING, 0, 2000))
+    same(q.decide(a_job(attempts=1), exited(75), q.Settings(), 0, 0).state, q.State.FAILED)
 
 
-def test_judge_given_back_does_not_count() -> None:
+def test_decide_given_back_does_not_count() -> None:
     """A job that its worker gave back is pending, and the attempt is not counted."""
-    same(q.judge(a_job(attempts=2), q.Outcome(q.End.GIVEN_BACK), q.Settings(), 0, 0), (q.State.PENDING, 1, None))
+    same(q.decide(a_job(attempts=2), q.Outcome(q.EndReason.GIVEN_BACK), q.Settings(), 0, 0), (q.State.PENDING, 1, None))
 
 
-def test_judge_lost_counts_and_goes_by_on_lost() -> None:
+def test_decide_lost_counts_and_goes_by_on_lost() -> None:
     """A lost attempt counts and is tried again at once, or is the end where `on_lost` is `dead`."""
-    lost = q.Outcome(q.End.LOST)
-    same(q.judge(a_job(attempts=1), lost, q.Settings(), 0, 0), (q.State.FAILED, 1, None))
-    same(q.judge(a_job(attempts=1, on_lost="dead"), lost, q.Settings(), 0, 0), (q.State.DEAD, 1, None))
-    same(q.judge(a_job(attempts=4), lost, q.Settings(), 0, 0), (q.State.DEAD, 4, None))
+    lost = q.Outcome(q.EndReason.LOST)
+    same(q.decide(a_job(attempts=1), lost, q.Settings(), 0, 0), (q.State.FAILED, 1, None))
+    same(q.decide(a_job(attempts=1, on_lost="dead"), lost, q.Settings(), 0, 0), (q.State.DEAD, 1, None))
+    same(q.decide(a_job(attempts=4), lost, q.Settings(), 0, 0), (q.State.DEAD, 4, None))
 
 
-def test_judge_cancelled_stays_cancelled() -> None:
+def test_decide_cancelled_stays_cancelled() -> None:
     """A job that is being cancelled ends so however its attempt ended, unless it completed first."""
-    for outcome in (exited(1), q.Outcome(q.End.CANCELLED), q.Outcome(q.End.LOST), q.Outcome(q.End.GIVEN_BACK)):
-        same(q.judge(a_job(attempts=1, cancelling=True), outcome, q.Settings(), 0, 0).state, q.State.CANCELLED)
+    for outcome in (
+        exited(1),
+        q.Outcome(q.EndReason.CANCELLED),
+        q.Outcome(q.EndReason.LOST),
+        q.Outcome(q.EndReason.GIVEN_BACK),
+    ):
+        same(q.decide(a_job(attempts=1, cancelling=True), outcome, q.Settings(), 0, 0).state, q.State.CANCELLED)
 
 
 # ---- schema
@@ -648,8 +655,8 @@ def test_schema_brings_an_empty_file_up(home: Home) -> None:
     old = home.root / "old.db"
     with contextlib.closing(sqlite3.connect(old)) as db:
         db.execute("VACUUM")  # a header, and version 0
-    with q.Store(str(old)) as store:
-        same(sum(store.counts().values()), 0)
+    with q.open_store(str(old)) as store:
+        same(sum(store.queries.counts().values()), 0)
 
 
 def test_schema_every_step_from_0_leads_to_the_same(home: Home) -> None:
@@ -661,7 +668,7 @@ def test_schema_every_step_from_0_leads_to_the_same(home: Home) -> None:
                 for statement in statements:
                     db.execute(statement)
             db.execute(f"PRAGMA user_version = {version}")
-        q.Store(str(path)).close()
+        q.open_store(str(path)).close()
         with contextlib.closing(sqlite3.connect(path)) as db:
             found = db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
         same(found, home.store and home.sql("SELECT type, name, sql FROM sqlite_master ORDER BY name"))
@@ -688,7 +695,7 @@ def test_schema_many_processes_make_it_at_once(home: Home) -> None:
     """Processes that find no home at the same time all end well, and each has stored its job."""
     many = [home.popen("enqueue", "--", "exit 0") for _ in range(3 if WINDOWS else 8)]
     same({(p.communicate(timeout=DEADLINE_S)[1], p.returncode) for p in many}, {(b"", 0)})
-    same(len(home.store.jobs()), len(many))
+    same(len(home.store.queries.jobs()), len(many))
 
 
 # ---- store
@@ -708,8 +715,8 @@ def test_enqueue_ids_are_unique_without_regard_to_case(home: Home) -> None:
     with refuses(q.QueueError, "exists"):
         home.add(id="jOB")
     spec = q.check_fields({"command": "x", "id": "JOB", "cwd": "/"}, 0)
-    same(list(home.store.enqueue([("", spec)], 0, skip_existing=True)), [("JOB", False)])
-    same(len(home.store.jobs()), 1)
+    same(list(home.store.jobs.enqueue([("", spec)], 0, skip_existing=True)), [("JOB", False)])
+    same(len(home.store.queries.jobs()), 1)
 
 
 def test_enqueue_made_up_ids_sort_by_time_and_are_never_used_twice(home: Home) -> None:
@@ -719,14 +726,14 @@ def test_enqueue_made_up_ids_sort_by_time_and_are_never_used_twice(home: Home) -
     first += [home.add() for _ in range(3)]
     same((first, len(set(first)), max(map(len, first)) < 12), (sorted(first), 23, True))
     home.sql("UPDATE jobs SET state = 'dead'")
-    home.store.purge_dead(q.EVERY_JOB)
+    home.store.changes.purge_dead(q.EVERY_JOB)
     assert home.add() > first[-1]
 
 
 def test_enqueue_made_up_ids_avoid_those_of_the_same_batch(home: Home) -> None:
     """An id made up for one line is not the one that another line of the batch chose."""
     ids = home.add_all([{"command": "x", "id": f"j{n:07x}"} for n in (3, 2)] + [{"command": "x"}] * 3)
-    same((len(set(ids)), len(home.store.jobs())), (5, 5))
+    same((len(set(ids)), len(home.store.queries.jobs())), (5, 5))
 
 
 def test_key_lets_one_job_at_a_time_in(home: Home) -> None:
@@ -735,14 +742,14 @@ def test_key_lets_one_job_at_a_time_in(home: Home) -> None:
     before = home.dump()
     ran = home.json("enqueue", "--key", "k", "--", "exit 0")
     same((ran, home.dump()), ([{"id": "a", "created": False}], before))
-    home.store.finish(home.claim(home.worker_row()), exited(0), q.Settings(), 1)
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(0), q.Settings(), 1)
     same(home.add(id="b", key="k"), "b")
 
 
 def test_key_of_another_keeps_the_dead_from_coming_back(home: Home) -> None:
     """A dead job whose key another job bears meanwhile cannot be retried, in one line."""
     home.add(id="a", key="k", max_retries=0)
-    home.store.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
     home.add(id="b", key="k")
     assert "'k'" in home.fails("dlq", "retry", "a")
 
@@ -753,7 +760,7 @@ def test_claim_takes_the_highest_priority_then_the_first(home: Home) -> None:
         home.add(id=id, priority=priority, queue=queue)
     worker = home.worker_row()
     same([home.claim(worker).id for _ in range(5)], ["b", "d", "a", "e", "c"])
-    same(home.store.claim(worker, None, q.now_ms()), None)
+    same(home.store.jobs.claim(worker, None, q.now_ms()), None)
 
 
 def test_claim_passes_over_what_may_not_run(home: Home) -> None:
@@ -764,9 +771,9 @@ def test_claim_passes_over_what_may_not_run(home: Home) -> None:
     home.add(id="parent", queue="other")
     home.add(id="child", after=["parent"])
     worker = home.worker_row()
-    same(home.store.claim(worker, ["default"], now), None)
+    same(home.store.jobs.claim(worker, ["default"], now), None)
     same(home.claim(worker, now).id, "parent")
-    same(home.store.claim(worker, None, now + 59_000), None)
+    same(home.store.jobs.claim(worker, None, now + 59_000), None)
     same(home.claim(worker, now + 120_000).id, "later")
 
 
@@ -776,8 +783,8 @@ def test_claim_keeps_to_pauses_and_limits(home: Home) -> None:
     home.sql("INSERT INTO queues VALUES ('a', 1, NULL), ('b', 0, 2)")
     worker = home.worker_row()
     jobs = [home.claim(worker), home.claim(worker)]
-    same(([job.id for job in jobs], home.store.claim(worker, None, q.now_ms())), (["b0", "b1"], None))
-    home.store.finish(jobs[0], exited(0), q.Settings(), 1)
+    same(([job.id for job in jobs], home.store.jobs.claim(worker, None, q.now_ms())), (["b0", "b1"], None))
+    home.store.jobs.finish(jobs[0], exited(0), q.Settings(), 1)
     same(home.claim(worker).id, "b2")
 
 
@@ -785,20 +792,20 @@ def test_claim_gives_nothing_to_who_is_leaving(home: Home) -> None:
     """A worker that was told to stop, or that was taken for dead, gets no job."""
     home.add()
     worker = home.worker_row()
-    home.store.tell_to_stop([worker], "finish")
-    same(home.store.claim(worker, None, q.now_ms()), None)
-    home.store.unregister(worker)
-    same(home.store.claim(worker, None, q.now_ms()), None)
+    home.store.workers.request_stop([worker], "finish")
+    same(home.store.jobs.claim(worker, None, q.now_ms()), None)
+    home.store.workers.unregister(worker)
+    same(home.store.jobs.claim(worker, None, q.now_ms()), None)
 
 
 def test_finish_refuses_a_late_result(home: Home) -> None:
     """A worker that was taken for dead cannot overwrite what came after."""
     home.add(id="a")
     late = home.claim(home.worker_row(), 1000)
-    same(home.store.finish(late, q.Outcome(q.End.LOST), q.Settings(), 2000), q.State.FAILED)
+    same(home.store.jobs.finish(late, q.Outcome(q.EndReason.LOST), q.Settings(), 2000), q.State.FAILED)
     home.claim(home.worker_row(), 3000)
     before = home.dump()
-    same((home.store.finish(late, exited(0), q.Settings(), 4000), home.dump()), (None, before))
+    same((home.store.jobs.finish(late, exited(0), q.Settings(), 4000), home.dump()), (None, before))
 
 
 def test_dead_parent_takes_its_children_along_all_the_way_down(home: Home) -> None:
@@ -806,7 +813,7 @@ def test_dead_parent_takes_its_children_along_all_the_way_down(home: Home) -> No
     home.add(id="a", max_retries=0)
     for id, parents in (("b", ["a"]), ("c", ["b"]), ("d", ["b", "c"])):
         home.add(id=id, after=parents)
-    home.store.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
     home.add(id="e", after=["d"])
     same([home.state(id) for id in "abcde"], ["dead"] * 5)
     assert "waited for a" in str(home.job("d").error)
@@ -818,12 +825,12 @@ def test_dlq_retry_brings_the_children_back(home: Home) -> None:
     home.add(id="b", after=["a"])
     home.add(id="c", after=["b"])
     worker = home.worker_row()
-    home.store.finish(home.claim(worker), exited(1), q.Settings(), 1)
-    home.store.retry_dead(q.Selection(["a"]), 2)
+    home.store.jobs.finish(home.claim(worker), exited(1), q.Settings(), 1)
+    home.store.changes.retry_dead(q.Selection(["a"]), 2)
     same([(home.state(id), home.job(id).attempts) for id in "abc"], [("pending", 0)] * 3)
     for id in "abc":
         job = home.claim(worker)
-        home.store.finish(job, exited(0), q.Settings(), 3)
+        home.store.jobs.finish(job, exited(0), q.Settings(), 3)
         same(job.id, id)
 
 
@@ -832,11 +839,11 @@ def test_dlq_retry_keeps_the_time_before_which_a_job_shall_not_run(home: Home) -
     home.add(id="a", max_retries=0)
     home.add(id="b", after=["a"], run_at=9)
     worker = home.worker_row()
-    home.store.finish(home.claim(worker), exited(1), q.Settings(), 1)
+    home.store.jobs.finish(home.claim(worker), exited(1), q.Settings(), 1)
     assert "waited for a" in (home.job("b").error or "")
-    home.store.retry_dead(q.Selection(["a"]), 2)
-    home.store.finish(home.claim(worker, 3), exited(0), q.Settings(), 3)
-    same((home.job("b").due_at, home.job("b").error, home.store.claim(worker, None, 8)), (9000, None, None))
+    home.store.changes.retry_dead(q.Selection(["a"]), 2)
+    home.store.jobs.finish(home.claim(worker, 3), exited(0), q.Settings(), 3)
+    same((home.job("b").due_at, home.job("b").error, home.store.jobs.claim(worker, None, 8)), (9000, None, None))
     same(home.claim(worker, 9000).id, "b")
 
 
@@ -844,7 +851,7 @@ def test_dlq_retry_of_a_child_alone_is_refused(home: Home) -> None:
     """A job cannot come back from the dead before its parent does."""
     home.add(id="a", max_retries=0)
     home.add(id="b", after=["a"])
-    home.store.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(1), q.Settings(), 1)
     assert "waited for a, which is dead" in home.fails("dlq", "retry", "b")
 
 
@@ -856,8 +863,8 @@ def test_after_waits_for_every_parent(home: Home) -> None:
     worker = home.worker_row()
     jobs = [home.claim(worker), home.claim(worker)]
     for job in jobs:
-        same(home.store.claim(worker, None, q.now_ms()), None)
-        home.store.finish(job, exited(0), q.Settings(), 1)
+        same(home.store.jobs.claim(worker, None, q.now_ms()), None)
+        home.store.jobs.finish(job, exited(0), q.Settings(), 1)
     same(home.claim(worker).id, "c")
 
 
@@ -867,18 +874,21 @@ def test_after_refuses_unknown_jobs_and_itself(home: Home) -> None:
         home.add(after=["nowhere"])
     with refuses(q.BadInput, "waits for it"):
         home.add(id="a", after=["a"])
-    same(home.store.jobs(), [])
+    same(home.store.queries.jobs(), [])
 
 
 def test_cancel_keeps_waiting_jobs_from_running_and_dooms_their_children(home: Home) -> None:
     """A cancelled job never runs, what waits for it is dead, and one that has ended cannot be cancelled."""
     home.add(id="a")
     home.add(id="b", after=["a"])
-    home.store.cancel(q.Selection(["a"]), 1)
-    same((home.state("a"), home.state("b"), home.store.claim(home.worker_row(), None, 2)), ("cancelled", "dead", None))
+    home.store.changes.cancel(q.Selection(["a"]), 1)
+    same(
+        (home.state("a"), home.state("b"), home.store.jobs.claim(home.worker_row(), None, 2)),
+        ("cancelled", "dead", None),
+    )
     assert "a, which is cancelled" in str(home.job("b").error)
     with refuses(q.QueueError, "is cancelled"):
-        home.store.cancel(q.Selection(["a"]), 3)
+        home.store.changes.cancel(q.Selection(["a"]), 3)
 
 
 def test_edit_changes_what_has_not_started(home: Home) -> None:
@@ -972,15 +982,15 @@ def test_edit_after_of_a_long_chain_refuses_every_cycle(home: Home) -> None:
     for n in range(1, 50):
         home.add(id=f"n{n}", after=[f"n{n - 1}"])
     with refuses(q.BadInput, "n0", "waits for it"):
-        home.store.edit(q.Selection(["n0"]), q.check_fields({"after": ["n49"]}, 0), 1)
+        home.store.changes.edit(q.Selection(["n0"]), q.check_fields({"after": ["n49"]}, 0), 1)
     same(home.job("n0").blockers, 0)
 
 
 def test_backoffs_count_from_now_where_the_clock_was_set_back(home: Home) -> None:
     """Where the clock is set back, a retry waits its backoff from then on and not the hours between."""
     home.add(id="a")
-    home.store.finish(home.claim(home.worker_row(), 10_000_000), exited(1), q.Settings(), 10_000_000)
-    home.store.restart_backoffs(1_000_000)
+    home.store.jobs.finish(home.claim(home.worker_row(), 10_000_000), exited(1), q.Settings(), 10_000_000)
+    home.store.jobs.restart_backoffs(1_000_000)
     same(home.job("a").due_at, 1_002_000)
 
 
@@ -989,13 +999,13 @@ def test_prune_removes_only_what_has_ended_long_enough(home: Home) -> None:
     home.add_all({"command": "x", "id": f"n{n}", "max_retries": 0} for n in range(6))
     worker = home.worker_row()
     for n in range(5):
-        home.store.finish(home.claim(worker), exited(n % 2), q.Settings(), 1000 * n)
+        home.store.jobs.finish(home.claim(worker), exited(n % 2), q.Settings(), 1000 * n)
     before = home.dump()
-    same(list(home.store.prune(q.ENDED, 3000, dry_run=True, batch=2)), [["n0", "n2"], ["n1"]])
+    same(list(home.store.changes.prune(q.ENDED, 3000, dry_run=True, batch=2)), [["n0", "n2"], ["n1"]])
     same(home.dump(), before)
-    same(list(home.store.prune([q.State.DEAD], 3000, dry_run=False)), [["n1"]])
-    same(list(home.store.prune(q.ENDED, 10**15, dry_run=False, batch=2)), [["n0", "n2"], ["n4"], ["n3"]])
-    same([job.id for job in home.store.jobs()], ["n5"])
+    same(list(home.store.changes.prune([q.State.DEAD], 3000, dry_run=False)), [["n1"]])
+    same(list(home.store.changes.prune(q.ENDED, 10**15, dry_run=False, batch=2)), [["n0", "n2"], ["n4"], ["n3"]])
+    same([job.id for job in home.store.queries.jobs()], ["n5"])
     counters_equal_rows(home)
 
 
@@ -1005,12 +1015,12 @@ def test_tallies_never_go_down(home: Home) -> None:
     worker = home.worker_row()
     for n in range(4):
         now = q.now_ms()
-        home.store.finish(home.claim(worker, now), exited(n % 2)._replace(cpu_s=0.5), q.Settings(), now + 700)
-    before = home.store.tallies()
+        home.store.jobs.finish(home.claim(worker, now), exited(n % 2)._replace(cpu_s=0.5), q.Settings(), now + 700)
+    before = home.store.queries.tallies()
     same((before["run count"], round(before["run sum"], 3), before["run cpu"]), (4, 2.8, 2.0))
-    home.store.purge_dead(q.EVERY_JOB)
-    list(home.store.prune(q.ENDED, 10**15, dry_run=False))
-    same(({k: round(v, 6) for k, v in home.store.tallies().items()}, home.store.jobs()),
+    home.store.changes.purge_dead(q.EVERY_JOB)
+    list(home.store.changes.prune(q.ENDED, 10**15, dry_run=False))
+    same(({k: round(v, 6) for k, v in home.store.queries.tallies().items()}, home.store.queries.jobs()),
          ({k: round(v, 6) for k, v in before.items()}, []))  # fmt: skip
 
 
@@ -1019,11 +1029,10 @@ def test_could_run_is_what_a_draining_worker_stays_for(home: Home) -> None:
     home.add(id="held", hold=True)
     home.add(id="behind", after=["held"])
     home.add(id="paused", queue="slow")
-    home.store.set_paused(["slow"], True)
-    same(home.store.could_run(None), False)
+    home.store.queues.set_paused(["slow"], True)
+    same(home.store.queues.could_run(None), False)
     home.add(id="later", delay=3600, queue="q")
-    same([home.store.could_run(queues) for queues in (None, ["q"], ["other"])], [True, True, False])
-
+    same([home.store.queues.could_run(queues) for queues in (None, ["q"], ["other"])], [True, True, False])
 
 
 def test_counts_equal_rows_whatever_happens(home: Home) -> None:
@@ -1032,15 +1041,15 @@ def test_counts_equal_rows_whatever_happens(home: Home) -> None:
     worker = home.worker_row()
     codes = [0, 1, 1, 75]
     for n in range(300):
-        job = home.store.claim(worker, None, n * 10_000) if dice.random() < 0.6 else None
+        job = home.store.jobs.claim(worker, None, n * 10_000) if dice.random() < 0.6 else None
         if job:
-            home.store.finish(job, exited(dice.choice(codes)), q.Settings(), n * 10_000)
+            home.store.jobs.finish(job, exited(dice.choice(codes)), q.Settings(), n * 10_000)
         else:
-            parents = [dice.choice(home.store.jobs()).id] if n > 5 and dice.random() < 0.3 else []
+            parents = [dice.choice(home.store.queries.jobs()).id] if n > 5 and dice.random() < 0.3 else []
             home.add(queue=dice.choice("xy"), after=parents, max_retries=1, snooze=dice.random() < 0.2)
         if n % 50 == 49:
-            home.store.retry_dead(q.EVERY_JOB, n)
-            home.store.purge_dead(q.EVERY_JOB)
+            home.store.changes.retry_dead(q.EVERY_JOB, n)
+            home.store.changes.purge_dead(q.EVERY_JOB)
     counters_equal_rows(home)
 
 
@@ -1058,10 +1067,13 @@ def test_store_says_in_one_line_that_another_program_holds_it(home: Home) -> Non
     home.add(id="a")
     with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with q.Store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds", "nothing was"):
-            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
+        with (
+            q.open_store(home.home.database, 0.05) as store,
+            refuses(q.StoreBusy, "another program holds", "nothing was"),
+        ):
+            store.jobs.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
         same([job["id"] for job in home.json("list")], ["a"])
-    same(len(home.store.jobs()), 1)
+    same(len(home.store.queries.jobs()), 1)
 
 
 def test_backup_is_not_restored_while_another_program_holds_the_queue(home: Home) -> None:
@@ -1071,9 +1083,9 @@ def test_backup_is_not_restored_while_another_program_holds_the_queue(home: Home
     home.add(id="b")
     with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with q.Store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds"):
-            store.restore(str(home.work / "copy.db"), lambda _: None)
-    same([job.id for job in home.store.jobs()], ["a", "b"])
+        with q.open_store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds"):
+            store.upkeep.restore(str(home.work / "copy.db"), lambda _: None)
+    same([job.id for job in home.store.queries.jobs()], ["a", "b"])
 
 
 def test_backup_is_not_restored_under_who_came_meanwhile(home: Home) -> None:
@@ -1083,19 +1095,19 @@ def test_backup_is_not_restored_under_who_came_meanwhile(home: Home) -> None:
     home.add(id="b")
     seen = []
 
-    def refuse(before: q.Store) -> None:
-        seen.append(before.how_many())
+    def refuse(rows: list[q.WorkerRow]) -> None:
+        seen.append(rows)
         other = sqlite3.connect(home.home.database, 0, isolation_level=None)
         with contextlib.closing(other), refuses(sqlite3.OperationalError, "locked"):
             other.execute("BEGIN IMMEDIATE")
         raise q.QueueError("somebody works")
 
     with refuses(q.QueueError, "somebody works"):
-        home.store.restore(str(home.work / "copy.db"), refuse)
-    same((seen, home.store.how_many(), home.store.damage()), ([501], 501, []))
+        home.store.upkeep.restore(str(home.work / "copy.db"), refuse)
+    same((seen, home.store.queries.how_many(), home.store.upkeep.damage()), ([[]], 501, []))
     home.add(id="c")
     home.run("backup", "--restore", "copy.db")
-    same((home.store.how_many(), home.store.damage()), (500, []))
+    same((home.store.queries.how_many(), home.store.upkeep.damage()), (500, []))
 
 
 def test_store_damaged_is_said_in_one_line(home: Home) -> None:
@@ -1110,10 +1122,10 @@ def test_store_damaged_is_said_in_one_line(home: Home) -> None:
 def test_store_full_disk_is_said_in_one_line(home: Home) -> None:
     """Where the disk is full, nothing is stored and the error says so."""
     home.add()
-    home.store._db.execute(f"PRAGMA max_page_count = {home.sql('PRAGMA page_count')[0][0]}")
+    home.store.db._connection.execute(f"PRAGMA max_page_count = {home.sql('PRAGMA page_count')[0][0]}")
     with refuses(q.StoreError, "full"):
         home.add_all({"command": "x" * 100_000} for _ in range(3))
-    same(len(home.store.jobs()), 1)
+    same(len(home.store.queries.jobs()), 1)
 
 
 @alone
@@ -1124,7 +1136,7 @@ def test_store_many_at_once_never_see_locked(home: Home) -> None:
     (home.work / "batch").write_text('{"command": "exit 0"}\n' * each)
     processes = [home.popen("enqueue", "--file", "batch") for _ in range(many)]
     same({(p.communicate(timeout=DEADLINE_S)[1], p.returncode) for p in processes}, {(b"", 0)})
-    until(lambda: home.store.counts()[q.State.COMPLETED] == many * each)
+    until(lambda: home.store.queries.counts()[q.State.COMPLETED] == many * each)
     assert "locked" not in Path(home.home.worker_log).read_text()
 
 
@@ -1136,11 +1148,11 @@ def test_enqueue_from_a_slow_pipe_keeps_nobody_waiting(home: Home) -> None:
     process.stdin.write(b'{"command": "exit 0"}\n' * 20_000)  # more than a pipe holds: it is being read
     process.stdin.flush()
     try:
-        with q.Store(home.home.database, 3.0) as store:
-            store.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
+        with q.open_store(home.home.database, 3.0) as store:
+            store.jobs.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
     finally:
         process.communicate(timeout=DEADLINE_S)
-    same((process.returncode, len(home.store.jobs())), (0, 20_002))
+    same((process.returncode, len(home.store.queries.jobs())), (0, 20_002))
 
 
 # ---- platform
@@ -1207,7 +1219,7 @@ def test_homes_never_see_each_other(home: Home) -> None:
     """Jobs, configuration and workers of one home do not exist for another."""
     other = {"QUEUECTL_HOME": str(home.root / "other")}
     home.add(id="a")
-    home.store.configure("max_retries", 9)
+    home.store.config.set("max_retries", 9)
     home.start()
     home.ended("a")
     same([home.json("list", env=other), home.json("worker", "list", env=other)], [[], []])
@@ -1377,11 +1389,10 @@ def test_log_of_a_progress_bar_is_shown_as_a_terminal_would_leave_it() -> None:
         same(b"".join(q.fold_returns(blocks)), b"100%\nplain\r\nline")
 
 
-
 @posix
 def test_log_may_be_limited(home: Home) -> None:
     """With `log_max_bytes` what goes beyond is dropped and the log says so, while the job runs on."""
-    home.store.configure("log_max_bytes", 1000)
+    home.store.config.set("log_max_bytes", 1000)
     home.add("yes | head -c 300000; echo end", id="a")
     home.start()
     same(home.ended("a").state.value, "completed")
@@ -1391,7 +1402,7 @@ def test_log_may_be_limited(home: Home) -> None:
 @posix
 def test_log_may_be_limited_to_the_byte(home: Home) -> None:
     """What is beyond the limit is dropped also where it is little; what is not stays as it is, through retries."""
-    home.store.configure("log_max_bytes", 10)
+    home.store.config.set("log_max_bytes", 10)
     home.add("printf 1234567890", id="a")
     home.add("printf 12345678901", id="b", max_retries=0)
     home.start()
@@ -1524,7 +1535,7 @@ def test_background_process_is_left_alone(home: Home) -> None:
 @posix
 def test_timeout_ends_a_deaf_child_in_another_session(home: Home) -> None:
     """At its time-out an attempt is ended whole: also a child that ignores SIGTERM and left its session."""
-    home.store.configure("kill_grace", 0.2)
+    home.store.config.set("kill_grace", 0.2)
     deaf = f"{shlex.quote(sys.executable)} {home.script('deaf.py', DEAF)} pids"
     home.add(f"{deaf} & while [ ! -s pids ]; do sleep 0.02; done; echo up; trap '' TERM; sleep 600 & wait; wait",
              id="a", timeout=3, max_retries=0)  # fmt: skip
@@ -1548,8 +1559,8 @@ def test_timeout_ends_the_tree(home: Home) -> None:
 
 def test_timeout_of_a_job_goes_before_the_setting(home: Home) -> None:
     """A job's own `timeout` counts, 0 for none; others have the setting."""
-    home.store.configure("job_timeout", 0.3)
-    home.store.configure("max_retries", 0)
+    home.store.config.set("job_timeout", 0.3)
+    home.store.config.set("max_retries", 0)
     home.add(sleeping(1), id="free", timeout=0)
     home.add(sleeping(600), id="bound")
     home.start()
@@ -1647,7 +1658,7 @@ def test_scenario_priority(home: Home) -> None:
     for name, priority in (("a", 1), ("b", 5), ("c", -5), ("d", 5), ("e", 0)):
         home.add(f"echo {name}>> order", priority=priority)
     home.start()
-    until(lambda: home.store.counts()[q.State.COMPLETED] == 5)
+    until(lambda: home.store.queries.counts()[q.State.COMPLETED] == 5)
     same([line.strip() for line in home.lines("order")], ["b", "d", "a", "e", "c"])
 
 
@@ -1735,7 +1746,7 @@ def test_worker_cancel_ends_the_job_that_runs(home: Home) -> None:
 @posix
 def test_worker_cancel_ends_the_whole_tree(home: Home) -> None:
     """`cancel` also ends a deaf child in another session."""
-    home.store.configure("kill_grace", 0.1)
+    home.store.config.set("kill_grace", 0.1)
     home.add(f"{shlex.quote(sys.executable)} {home.script('deaf.py', DEAF)} pids & wait", id="a", timeout=0)
     home.start()
     (pid,) = map(int, until(lambda: home.lines("pids")))
@@ -1773,7 +1784,7 @@ def test_worker_limited_queue_never_runs_more_at_once(home: Home) -> None:
     command = "touch in.$$; ls in.* | wc -l >> most; sleep 0.05; rm in.$$"
     home.add_all({"command": command, "queue": "q"} for _ in range(20))
     home.start(3)
-    until(lambda: home.store.counts()[q.State.COMPLETED] == 20)
+    until(lambda: home.store.queries.counts()[q.State.COMPLETED] == 20)
     assert max(map(int, home.lines("most"))) <= 2, home.lines("most")
 
 
@@ -1795,14 +1806,13 @@ def test_worker_runs_hooks_with_the_facts(home: Home) -> None:
     same((home.state("good"), home.state("bad")), ("completed", "dead"))
 
 
-
 @alone
 def test_worker_2000_jobs_run_once_each(home: Home) -> None:
     """With four workers each of 2,000 jobs runs once, none is lost, and the counters equal the rows."""
     count = 40 if WINDOWS else 2000
     ids = home.add_all({"command": "exit 0" if WINDOWS else "echo $QUEUECTL_JOB_ID >> ran"} for _ in range(count))
     home.start(2 if WINDOWS else 4)
-    until(lambda: home.store.counts()[q.State.COMPLETED] == count)
+    until(lambda: home.store.queries.counts()[q.State.COMPLETED] == count)
     same(home.sql("SELECT count(*), min(n), max(n), count(DISTINCT job) FROM attempts"), [(count, 1, 1, count)])
     if not WINDOWS:
         same(sorted(home.lines("ran")), sorted(ids))
@@ -1826,13 +1836,15 @@ def kill_all_in_the_middle(home: Home, count: int, rounds: int) -> None:
         home.start(2 if WINDOWS else 4)
         until(functools.partial(completed, home, len(ids) * turn + count // 4))
         if WINDOWS:  # a command that is just being made would stay there, frozen
-            until(lambda: all(home.log(job.id).count(b"start") for job in home.store.jobs(states=["processing"])))
+            until(
+                lambda: all(home.log(job.id).count(b"start") for job in home.store.queries.jobs(states=["processing"]))
+            )
         home.kill_workers()
-        lost.update(job.id for job in home.store.jobs(states=["processing"]))
+        lost.update(job.id for job in home.store.queries.jobs(states=["processing"]))
         home.start(2 if WINDOWS else 4)
-        until(lambda: home.store.counts()[q.State.COMPLETED] == len(home.store.jobs()))
+        until(lambda: home.store.queries.counts()[q.State.COMPLETED] == len(home.store.queries.jobs()))
         home.run("worker", "stop")
-    for job in home.store.jobs():
+    for job in home.store.queries.jobs():
         same((job.id, job.attempts), (job.id, 1 + lost[job.id]))
         tries = re.split(r"--- attempt.*\n", home.log(job.id).decode())
         assert len(tries) <= job.attempts and tries[-1].split() == ["start", "end"], tries
@@ -1912,7 +1924,7 @@ def test_worker_that_its_jobs_kill_ends_with_the_job_dead(home: Home) -> None:
         (row,) = [row for row in home.start() if q.is_alive(home.home, row.id)]
         (home.work / "pid").write_text(str(row.pid))
         if n == 1:
-            home.store.set_hold(q.Selection(["a"]), False, q.now_ms())
+            home.store.changes.set_hold(q.Selection(["a"]), False, q.now_ms())
         until(lambda: not q.living_workers(home.home, home.store))
     home.start()
     same((home.ended("a").state.value, home.job("a").attempts, len(home.history("a"))), ("dead", 2, 2))
@@ -1966,17 +1978,17 @@ def test_worker_checkpoints_and_loses_nothing_where_that_fails(home: Home) -> No
     program = """
 q.CHECKPOINT_CHANCE = 2
 made = []
-def checkpoint(self, real=q.Store.checkpoint):
+def checkpoint(self, real=q.Database.checkpoint):
     made.append(1)
     if len(made) % 2:
         raise q.StoreError("full")
     real(self)
-q.Store.checkpoint = checkpoint
+q.Database.checkpoint = checkpoint
 q.serve(q.open_home(), (), True)
 print(len(made) > 5)"""
     said = finished(child(home, program))
     same((said.code, said.err, said.out.splitlines()[-1]), (0, "", "True"))
-    same(home.store.counts()[q.State.COMPLETED], 5)
+    same(home.store.queries.counts()[q.State.COMPLETED], 5)
 
 
 @posix
@@ -2084,9 +2096,8 @@ def test_workers_that_drain_leave_when_nothing_could_run(home: Home) -> None:
     home.add(id="b", delay=0.5)
     home.add(id="held", hold=True)
     home.run("worker", "start", "--drain")
-    until(lambda: not home.store.workers())
+    until(lambda: not home.store.workers.all())
     same([home.state(id) for id in ("a", "b", "held")], ["dead", "completed", "pending"])
-
 
 
 def test_workers_stop_lets_the_job_finish(home: Home) -> None:
@@ -2097,11 +2108,11 @@ def test_workers_stop_lets_the_job_finish(home: Home) -> None:
     home.start()
     home.until_up("a")
     process = home.popen("worker", "stop")
-    until(lambda: home.store.workers()[0].stop)
+    until(lambda: home.store.workers.all()[0].stop)
     same((home.state("a"), process.poll()), ("processing", None))
     (home.work / "go").touch()
     same((process.communicate(timeout=DEADLINE_S)[1], process.returncode), (b"", 0))
-    same((home.state("a"), home.state("b"), home.store.workers()), ("completed", "pending", []))
+    same((home.state("a"), home.state("b"), home.store.workers.all()), ("completed", "pending", []))
 
 
 def test_workers_stop_now_gives_the_job_back_uncounted(home: Home) -> None:
@@ -2110,14 +2121,14 @@ def test_workers_stop_now_gives_the_job_back_uncounted(home: Home) -> None:
     home.start()
     home.until_up("a")
     home.run("worker", "stop", "--now")
-    same((home.state("a"), home.job("a").attempts, home.store.workers()), ("pending", 0, []))
+    same((home.state("a"), home.job("a").attempts, home.store.workers.all()), ("pending", 0, []))
     assert "given back" in str(home.history("a")[0].error)
 
 
 @posix
 def test_workers_stop_now_ends_the_whole_tree(home: Home) -> None:
     """`worker stop --now` also ends a deaf child in another session."""
-    home.store.configure("kill_grace", 0.1)
+    home.store.config.set("kill_grace", 0.1)
     home.add(f"{shlex.quote(sys.executable)} {home.script('deaf.py', DEAF)} pids & wait", id="a", timeout=0)
     home.start()
     (pid,) = map(int, until(lambda: home.lines("pids")))
@@ -2150,7 +2161,7 @@ def test_workers_first_sigterm_finishes_the_job(home: Home) -> None:
     home.until_up("a")
     os.kill(row.pid, signal.SIGTERM)
     (home.work / "go").touch()
-    until(lambda: not home.store.workers())
+    until(lambda: not home.store.workers.all())
     same((home.state("a"), home.state("b"), home.job("a").attempts), ("completed", "pending", 1))
 
 
@@ -2164,7 +2175,7 @@ def test_workers_second_sigterm_gives_the_job_back(home: Home) -> None:
     def gone() -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(row.pid, signal.SIGTERM)  # two that come together may be one
-        return not home.store.workers()
+        return not home.store.workers.all()
 
     until(gone)
     same((home.state("a"), home.job("a").attempts), ("pending", 0))
@@ -2179,7 +2190,7 @@ def test_workers_foreground_stays_until_told(home: Home) -> None:
         process.send_signal(number)
         process.communicate(timeout=DEADLINE_S)
         same(process.returncode, 0)
-    same(home.store.workers(), [])
+    same(home.store.workers.all(), [])
     assert "one worker" in home.fails("worker", "start", "--foreground", "--count", "2", code=2)
 
 
@@ -2227,7 +2238,7 @@ def test_workers_start_where_every_stream_is_closed(home: Home) -> None:
     for streams in ("<&- >&-", "<&- >&- 2>&-", ">&-"):
         line = ["/bin/sh", "-c", f'exec "$@" {streams}', "sh", *PROGRAM, "worker", "start"]
         same(subprocess.run(line, env=home.env, timeout=DEADLINE_S).returncode, 0)
-    same(len(home.store.workers()), 3)
+    same(len(home.store.workers.all()), 3)
     same(home.ended(home.add("echo hi")).state.value, "completed")
 
 
@@ -2250,7 +2261,7 @@ def test_workers_started_by_a_job_are_not_of_its_attempt(home: Home) -> None:
     """A worker that a job starts lives on when what the job left is ended; it even sees to that."""
     home.add(f"{shlex.join(PROGRAM)} worker start && exec sleep 600", id="a", timeout=0, on_lost="dead")
     (first,) = home.start()
-    until(lambda: len(home.store.workers()) == 2)
+    until(lambda: len(home.store.workers.all()) == 2)
     os.kill(first.pid, signal.SIGKILL)
     same(home.ended("a").state.value, "dead")
     same(home.ended(home.add()).state.value, "completed")
@@ -2261,7 +2272,7 @@ def test_worker_log_says_what_matters_and_not_a_line_a_job(home: Home) -> None:
     """worker.log tells of starting, recovering and leaving, not of every job."""
     home.add_all({"command": "exit 0"} for _ in range(5))
     home.start()
-    until(lambda: home.store.counts()[q.State.COMPLETED] == 5)
+    until(lambda: home.store.queries.counts()[q.State.COMPLETED] == 5)
     home.run("worker", "stop")
     text = Path(home.home.worker_log).read_text()
     same((len(text.splitlines()), "started" in text, "left" in text), (2, True, True))
@@ -2274,7 +2285,7 @@ TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 def test_why_waiting_names_every_reason() -> None:
     """What keeps a job from running is named, the nearest obstacle first, with the command that helps."""
-    here = q.Obstacles([], False, None, 0, [a_worker()])
+    here = q.WaitReasons([], False, None, 0, [a_worker()])
     job = a_job()
     cases = [
         (job._replace(hold=True), here, "on hold", "release a"),
@@ -2309,7 +2320,6 @@ def test_exit_code_of_a_job_is_what_a_shell_would_give() -> None:
         same((job, q.exit_code_of(job, last)), (job, code))
 
 
-
 def test_table_fits_the_width() -> None:
     """Columns are as wide as their widest cell, the last is cut to what the terminal leaves."""
     lines = list(q.table(("A", "LONG"), [["xxx", "y" * 50], ["z", "w"]], 25))
@@ -2324,7 +2334,7 @@ def test_list_fits_a_narrow_terminal() -> None:
         id="train-resnet50-with-a-long-name", command="python train.py --lr 3", state=q.State.DEAD, queue="default",
         priority=0, attempts=1, updated_at=0, blockers=0, error="exit code 3",
     )  # fmt: skip
-    here = q.Obstacles([], False, None, 0, [])
+    here = q.WaitReasons([], False, None, 0, [])
     same(list(q.job_lines([job], [here], 0, 9000, 80)), [
         "ID                    STATE  TRIES  CHANGED  WHY          COMMAND",
         "train-resnet50-wi...  \x1b[31mdead \x1b[0m  1      9 s ago  exit code 3  python train.py --lr 3",
@@ -2433,7 +2443,7 @@ def test_enqueue_prints_ids_one_a_line(home: Home) -> None:
     same(home.out("enqueue", "--file", "f.jsonl"), "d\n")
     same(home.json("enqueue", "--id", "e", "--", "x"), [{"id": "e", "created": True}])
     same(home.json("enqueue", "--skip-existing", "--id", "E", "--", "x")[0]["created"], False)
-    same([job.id for job in home.store.jobs()], [*"abcde"])
+    same([job.id for job in home.store.queries.jobs()], [*"abcde"])
 
 
 def test_enqueue_one_word_is_a_line_and_several_are_a_list(home: Home) -> None:
@@ -2471,7 +2481,7 @@ def test_enqueue_ctrl_c_leaves_nothing(home: Home) -> None:
     process.stdin.flush()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=DEADLINE_S)
-    same((process.returncode, b"Traceback" in err, len(home.store.jobs())), (130, False, 1))
+    same((process.returncode, b"Traceback" in err, len(home.store.queries.jobs())), (130, False, 1))
 
 
 def test_enqueue_wait_shows_the_output_and_exits_like_the_job(home: Home) -> None:
@@ -2512,15 +2522,15 @@ def test_hold_cancel_and_release_take_all_or_nothing(home: Home) -> None:
     """Several ids are done together or not at all; --tag and --queue choose; without any it is wrong usage."""
     for id, tag in (("a", "t"), ("b", "t"), ("c", "u")):
         home.add(id=id, tag=tag, queue=tag)
-    home.store.cancel(q.Selection(["c"]), 1)
+    home.store.changes.cancel(q.Selection(["c"]), 1)
     for command in ("hold", "release", "cancel")[: 1 if WINDOWS else 3]:
         home.fails(command, "a", "nowhere")
         home.fails(command, "a", "c")
         home.fails(command, code=2)
     same(home.json("hold", "--tag", "t"), [{"id": "a"}, {"id": "b"}])
-    same([job.id for job in home.store.jobs() if job.hold], ["a", "b"])
+    same([job.id for job in home.store.queries.jobs() if job.hold], ["a", "b"])
     home.run("release", "--queue", "t")
-    same([job.id for job in home.store.jobs() if job.hold], [])
+    same([job.id for job in home.store.queries.jobs() if job.hold], [])
     home.run("cancel", "--tag", "t")
     same([home.state(id) for id in "ab"], ["cancelled"] * 2)
 
@@ -2543,25 +2553,25 @@ def test_queue_list_shows_counts_pauses_and_limits(home: Home) -> None:
 def test_prune_removes_jobs_and_their_logs(home: Home) -> None:
     """`prune` removes ended jobs older than so long, with their logs; `--dry-run` only says so."""
     home.add_all({"command": "x", "id": id} for id in "ab")
-    home.store.finish(home.claim(home.worker_row()), exited(0), q.Settings(), q.now_ms() - 3_600_000)
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(0), q.Settings(), q.now_ms() - 3_600_000)
     Path(home.home.log("a")).write_text("x")
     same(home.json("prune", "--older-than", "2h"), {"removed": 0, "dry_run": False})
     same(home.json("prune", "--older-than", "59m", "--dry-run")["removed"], 1)
     same(home.json("prune", "--older-than", "59m", "--state", "dead")["removed"], 0)
     same(os.path.exists(home.home.log("a")), True)
     home.run("prune", "--older-than", "59m")
-    same(([job.id for job in home.store.jobs()], os.path.exists(home.home.log("a"))), (["b"], False))
+    same(([job.id for job in home.store.queries.jobs()], os.path.exists(home.home.log("a"))), (["b"], False))
 
 
 @windows
 def test_prune_survives_a_log_that_somebody_reads(home: Home) -> None:
     """A log that is open elsewhere does not keep `prune` from its work."""
     home.add(id="a")
-    home.store.finish(home.claim(home.worker_row()), exited(0), q.Settings(), 1)
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(0), q.Settings(), 1)
     Path(home.home.log("a")).write_text("x")
     with open(home.home.log("a")):
         home.run("prune")
-    same(home.store.jobs(), [])
+    same(home.store.queries.jobs(), [])
 
 
 def test_export_is_read_back_by_enqueue(home: Home) -> None:
@@ -2601,10 +2611,10 @@ def test_backup_is_whole_and_can_be_restored(home: Home) -> None:
     assert "stop" in home.fails("backup", "--restore", "copy.db")
     home.run("worker", "stop")
     home.run("backup", "--restore", "copy.db")
-    same([job.id for job in home.store.jobs()], ["a"])
+    same([job.id for job in home.store.queries.jobs()], ["a"])
     home.start()
     # No id is used twice, though the copy knows of one alone; that one is dead, and is buried.
-    until(lambda: [row.id for row in home.store.workers()] == [3])
+    until(lambda: [row.id for row in home.store.workers.all()] == [3])
     home.run("worker", "stop")
     (home.work / "bad.db").write_bytes(b"not a database" * 1000)
     for name in ("gone.db", "bad.db"):
@@ -2727,7 +2737,7 @@ def test_a_person_is_told_what_a_script_knows(home: Home) -> None:
     assert b"no worker is running" in seen_on_a_terminal(home, "enqueue", "--", "sleep 600", stream="stderr")
     same(home.run("enqueue", "--", "exit 0").err, "")
     home.start()
-    until(lambda: home.store.counts()[q.State.PROCESSING])
+    until(lambda: home.store.queries.counts()[q.State.PROCESSING])
     same(seen_on_a_terminal(home, "enqueue", "--", "exit 0", stream="stderr"), b"")
     said = seen_on_a_terminal(home, "worker", "stop", "--timeout", "0.1", stream="stderr")
     assert b"j0000001 among them" in said, said
@@ -2769,6 +2779,7 @@ def test_completion_and_service_print_what_they_are_for(home: Home) -> None:
         ran = subprocess.run([verifier, "--user", "verify", path], capture_output=True, text=True, env=env)
         same((ran.returncode, ran.stdout + ran.stderr), (0, ""))
 
+
 def test_list_selects_and_says_how_many_more(home: Home) -> None:
     """`list` shows at most 100 rows unless told, says how many more, and selects by state, queue and tag."""
     home.add_all({"command": "x", "id": f"n{n:03}", "queue": "q" if n % 2 else "r"} for n in range(105))
@@ -2796,7 +2807,7 @@ def test_dlq_retry_and_purge_take_all_or_nothing(home: Home) -> None:
     home.add(id="alive")
     worker = home.worker_row()
     for _ in range(3):
-        home.store.finish(home.claim(worker), exited(1), q.Settings(), 1)
+        home.store.jobs.finish(home.claim(worker), exited(1), q.Settings(), 1)
     Path(home.home.log("a")).write_text("x")
     home.fails("dlq", "retry", "a", "nowhere")
     home.fails("dlq", "purge", "a", "alive")
@@ -2805,7 +2816,7 @@ def test_dlq_retry_and_purge_take_all_or_nothing(home: Home) -> None:
     home.run("dlq", "purge", "a")
     same(os.path.exists(home.home.log("a")), False)
     home.run("dlq", "purge", "--all")
-    same([job.id for job in home.store.jobs()], ["c", "alive"])
+    same([job.id for job in home.store.queries.jobs()], ["c", "alive"])
 
 
 @posix
@@ -2841,7 +2852,7 @@ def test_output_that_nobody_reads_is_no_traceback(home: Home) -> None:
             same((ran.code, ran.err), (0, ""))
             ran = finished(home.popen("enqueue", "--hold", "--", "true", stdout=full))
         assert ran.code == 1 and re.fullmatch(r"Error: .*output.*done all the same\n", ran.err), ran.err
-    same(len(home.store.jobs()), 6 if os.path.exists("/dev/full") else 5)
+    same(len(home.store.queries.jobs()), 6 if os.path.exists("/dev/full") else 5)
 
 
 def test_enqueue_wait_exits_1_where_the_job_was_cancelled_between_attempts(home: Home) -> None:
@@ -2849,7 +2860,7 @@ def test_enqueue_wait_exits_1_where_the_job_was_cancelled_between_attempts(home:
     home.start()
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     waiting = home.popen("enqueue", "--wait", "--id", "a", "--timeout", "0.1", "--backoff-base", "600", "--", *sleep)
-    until(lambda: home.store.exists("a") and home.state("a") == "failed")
+    until(lambda: home.store.queries.exists("a") and home.state("a") == "failed")
     home.run("cancel", "a")
     same(finished(waiting).code, 1)
 
@@ -3069,8 +3080,8 @@ def errors_of(home: Home, id: str) -> list[str | None]:
 def is_well(home: Home) -> None:
     """`doctor` finds nothing, and the counters equal the rows."""
     assert "all is well" in home.out("doctor")
-    rows = collections.Counter(job.state for job in home.store.jobs())
-    same(home.store.counts(), {state: rows[state] for state in q.State})
+    rows = collections.Counter(job.state for job in home.store.queries.jobs())
+    same(home.store.queries.counts(), {state: rows[state] for state in q.State})
 
 
 # ---- what holds whatever happens: chaos
@@ -3143,7 +3154,7 @@ class Chaos:
         pid = self.chance.choice(victims)
         if self.chance.random() < 0.2:
             self.stops += 1
-            self.asleep[pid] = time.monotonic() + q.WORKER_PATIENCE_S + 1
+            self.asleep[pid] = time.monotonic() + q.WORKER_BUSY_TIMEOUT_S + 1
         else:
             self.kills += 1
         with contextlib.suppress(ProcessLookupError):
@@ -3202,8 +3213,8 @@ def test_chaos_loses_nothing_and_runs_nothing_twice(home: Home) -> None:
     chaos.rage()
     home.start(3)
     home.run("wait", "--timeout", "80")
-    until(lambda: len(home.store.workers()) == len(living(home)), "the dead are buried")
-    jobs = home.store.jobs()
+    until(lambda: len(home.store.workers.all()) == len(living(home)), "the dead are buried")
+    jobs = home.store.queries.jobs()
     assert chaos.kills > 5 and chaos.stops and len(jobs) > 20, "too little has happened"
     assert chaos.printed() <= {job.id for job in jobs}
     for job in jobs:
@@ -3235,13 +3246,13 @@ def killed_once(home: Home, patch: str, command: str = RUN_ONCE) -> tuple[list[s
 @posix
 def test_worker_killed_before_a_claim_leaves_no_trace(home: Home) -> None:
     """A worker that dies before it has claimed costs no attempt."""
-    same(killed_once(home, "q.Store.claim = die"), (["1"], ["completed"]))
+    same(killed_once(home, "q.Jobs.claim = die"), (["1"], ["completed"]))
 
 
 @posix
 def test_worker_killed_inside_a_claim_leaves_no_trace(home: Home) -> None:
     """A worker that dies with its claim made and not committed costs no attempt."""
-    patch = "claim = q.Store.claim\nq.Store.claim = lambda *words: claim(*words) and die()"
+    patch = "claim = q.Jobs.claim\nq.Jobs.claim = lambda *words: claim(*words) and die()"
     same(killed_once(home, patch), (["1"], ["completed"]))
 
 
@@ -3262,13 +3273,13 @@ def test_worker_killed_after_spawn_leaves_nothing_running(home: Home) -> None:
 @posix
 def test_worker_killed_before_a_finish_counts_both_runs(home: Home) -> None:
     """A worker that dies after its command ended and before that was noted: run again, and both counted."""
-    same(killed_once(home, "q.Store.finish = die"), (["1", "2"], ["lost", "completed"]))
+    same(killed_once(home, "q.Jobs.finish = die"), (["1", "2"], ["lost", "completed"]))
 
 
 @posix
 def test_worker_killed_inside_a_finish_counts_both_runs(home: Home) -> None:
     """A worker that dies with its result written and not committed: run again, and both counted."""
-    same(killed_once(home, "q.Store._keep_attempt = die"), (["1", "2"], ["lost", "completed"]))
+    same(killed_once(home, "q.Jobs._keep_attempt = die"), (["1", "2"], ["lost", "completed"]))
 
 
 def killed_batch(home: Home, patch: str) -> None:
@@ -3285,7 +3296,7 @@ def test_enqueue_killed_while_staging_stores_nothing(home: Home) -> None:
 check, seen = q.check_fields, []
 q.check_fields = lambda fields, now: seen.append(1) or (die() if len(seen) == 50_000 else check(fields, now))"""
     killed_batch(home, patch)
-    same(home.store.jobs(), [])
+    same(home.store.queries.jobs(), [])
     is_well(home)
 
 
@@ -3293,16 +3304,16 @@ q.check_fields = lambda fields, now: seen.append(1) or (die() if len(seen) == 50
 def test_enqueue_killed_while_landing_stores_nothing(home: Home) -> None:
     """`enqueue -` killed with 100,000 jobs inserted and not committed leaves none of them, and the next one lands."""
     patch = """
-change = q.Store._run
+change = q.Database.run
 def change_and_die(store, sql, **values):
     found = change(store, sql, **values)
     if "INSERT INTO jobs" in sql:
-        assert store._one("SELECT count(*) FROM jobs")[0] == 100_000
+        assert store.one("SELECT count(*) FROM jobs")[0] == 100_000
         die()
     return found
-q.Store._run = change_and_die"""
+q.Database.run = change_and_die"""
     killed_batch(home, patch)
-    same(home.store.jobs(), [])
+    same(home.store.queries.jobs(), [])
     is_well(home)
     home.run("enqueue", "--", "true")
 
@@ -3311,7 +3322,7 @@ q.Store._run = change_and_die"""
 def test_enqueue_killed_after_landing_has_stored_all(home: Home) -> None:
     """`enqueue -` killed after its commit and before the first id is printed has stored 100,000 jobs, whole."""
     killed_batch(home, "q.wake_one = die")
-    same((home.store.how_many(), home.store.miscounts(), home.store.damage()), (100_000, [], []))
+    same((home.store.queries.how_many(), home.store.upkeep.miscounts(), home.store.upkeep.damage()), (100_000, [], []))
     same(home.sql("SELECT count(*), count(DISTINCT id) FROM jobs WHERE state = 'pending'"), [(100_000, 100_000)])
 
 
@@ -3331,14 +3342,14 @@ def test_dlq_retry_killed_midway_retries_none(home: Home) -> None:
     """`dlq retry --all` killed in the middle leaves every job dead, and the next one brings all back."""
     bury_many(home, 1000)
     patch = """
-revive, seen = q.Store._revive, []
-q.Store._revive = lambda *words: seen.append(1) or (die() if len(seen) == 500 else revive(*words))
+revive, seen = q.Changes._revive, []
+q.Changes._revive = lambda *words: seen.append(1) or (die() if len(seen) == 500 else revive(*words))
 q.cli(["dlq", "retry", "--all"])"""
     killed(child(home, patch))
-    same(home.store.counts()[q.State.DEAD], 1000)
+    same(home.store.queries.counts()[q.State.DEAD], 1000)
     is_well(home)
     home.run("dlq", "retry", "--all")
-    same({(job.state, job.attempts) for job in home.store.jobs()}, {(q.State.PENDING, 0)})
+    same({(job.state, job.attempts) for job in home.store.queries.jobs()}, {(q.State.PENDING, 0)})
 
 
 # The statements of a migration, of which some are run before the process dies.
@@ -3383,9 +3394,9 @@ def test_worker_that_buries_late_harms_nobody(home: Home) -> None:
     id = home.add("echo s$QUEUECTL_ATTEMPT >> account; " + waits_for("go") + "; echo e$QUEUECTL_ATTEMPT >> account")
     killed(child(home, "q.run_attempt = die" + SERVE))
     late = """
-def held_up(store, worker, under_way=q.Store.under_way):
+def held_up(store, worker, under_way=q.Jobs.running_jobs):
     found = under_way(store, worker)
-    if not store._db.in_transaction:  # otherwise nobody can come in between
+    if not store._db._connection.in_transaction:  # otherwise nobody can come in between
         open(HERE + "/late", "w").close()
         until("now")
     return found
@@ -3393,7 +3404,7 @@ def end_leftovers(*words, end=q.end_leftovers):
     ended = end(*words)
     open(HERE + "/done", "w").close()
     return ended
-q.Store.under_way, q.end_leftovers = held_up, end_leftovers
+q.Jobs.running_jobs, q.end_leftovers = held_up, end_leftovers
 q.serve(q.open_home(), ["other"], False)"""
     with child(home, late, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         until(lambda: (home.work / "late").exists() or home.state(id) == "failed")
@@ -3439,12 +3450,12 @@ def test_worker_keeps_its_claim_when_the_disk_does_not(home: Home) -> None:
     """A job that must not run twice is run also where putting its claim on disk fails at first."""
     id, other = home.add(RUN_ONCE, on_lost="dead"), home.add()
     patch = """
-def sync(store, sync=q.Store.sync, seen=[]):
+def sync(store, sync=q.Database.sync, seen=[]):
     seen.append(1)
     if len(seen) == 1:
         raise q.StoreError("the disk is full")
     sync(store)
-q.Store.sync = sync
+q.Database.sync = sync
 q.serve(q.open_home(), [], True)"""
     finished(child(home, patch))
     same((home.state(id), home.state(other), home.lines("account")), ("completed", "completed", ["1"]))
@@ -3722,7 +3733,7 @@ def test_disk_full_refuses_an_enqueue_in_one_line(home: Home) -> None:
         full.unlink()
         home.run("enqueue", "--id", "c", "--", "true")
         same([job["id"] for job in home.json("list")], ["a", "c"])
-        same((home.store.miscounts(), home.store.damage()), ([], []))
+        same((home.store.upkeep.miscounts(), home.store.upkeep.damage()), ([], []))
 
 
 @posix
@@ -3763,7 +3774,7 @@ def test_disk_full_refuses_a_change_in_one_line(home: Home) -> None:
                 one_line(home.run(*words, code=1), "full")
         full.unlink()
         same(home.dump(), before)
-        same((home.store.miscounts(), home.store.damage()), ([], []))
+        same((home.store.upkeep.miscounts(), home.store.upkeep.damage()), ([], []))
 
 
 @posix
@@ -3952,7 +3963,7 @@ def test_clock_set_forward_by_an_hour_ends_nobody(home: Home) -> None:
 @alone
 def test_suspended_workers_run_each_job_once(home: Home) -> None:
     """What is stopped and goes on was not dead: one worker beside others, and then everything of a home."""
-    suspended_s = 60 if LONG else 2.5 * q.TEND_S
+    suspended_s = 60 if LONG else 2.5 * q.DUTY_S
     command = "echo $QUEUECTL_JOB_ID start >> account; " + waits_for("go") + "; echo $QUEUECTL_JOB_ID end >> account"
     ids = home.add_all([{"command": command, "timeout": 0}] * 3)
     home.start(3)
@@ -4009,8 +4020,8 @@ def test_descriptors_few_from_the_start_are_one_line(home: Home) -> None:
             assert "Traceback" not in said and (process.returncode == 0 or "Error: " in said), (most, words, said)
     same(codes, {"enqueue": {0, 1}, "worker": {0, 1}})
     home.start(1, "--drain")
-    until(lambda: not home.store.workers())
-    done = [home.state(job.id) for job in home.store.jobs()]
+    until(lambda: not home.store.workers.all())
+    done = [home.state(job.id) for job in home.store.queries.jobs()]
     same(len(home.lines("account")), done.count("completed"))
     assert set(done) <= {"completed", "dead"}, done
 
@@ -4043,14 +4054,14 @@ def test_long_reader_holds_up_nobody(home: Home) -> None:
         same(home.run("enqueue", "-", stdin='{"command": "true"}\n' * 100).err, "")
         home.run("wait", "--timeout", "60")
         same(reader.execute("SELECT count(*) FROM jobs").fetchone(), (0,))
-    same(home.store.counts()[q.State.COMPLETED], 100)
+    same(home.store.queries.counts()[q.State.COMPLETED], 100)
 
 
 @posix
 def test_long_writer_does_not_cost_a_result(home: Home) -> None:
     """A program that holds the database while a job ends: its result is kept and noted later, and it runs once."""
     id = home.add(f"{RUN_ONCE}; {waits_for('go')}; exit 3", max_retries=0)
-    with child(home, "q.WORKER_PATIENCE_S = 0.2" + SERVE) as worker:
+    with child(home, "q.WORKER_BUSY_TIMEOUT_S = 0.2" + SERVE) as worker:
         until(lambda: home.lines("account") == ["1"])
         with held(home, "BEGIN EXCLUSIVE"):
             touch(home, "go")
@@ -4064,8 +4075,8 @@ def test_long_writer_does_not_cost_a_result(home: Home) -> None:
 @posix
 def test_long_writer_is_named_to_who_enqueues(home: Home) -> None:
     """Who enqueues against a program that never lets go is told so in one line; one that does is waited for."""
-    same(q.PATIENCE_S, 30)
-    impatient = "q.Store.__init__.__defaults__ = (0.3,)\nq.cli(sys.argv[1:])"
+    same(q.BUSY_TIMEOUT_S, 30)
+    impatient = "q.open_store.__defaults__ = (0.3,)\nq.cli(sys.argv[1:])"
     same(home.json("list"), [])
     with held(home, "BEGIN IMMEDIATE"):
         for words in (["enqueue", "--", "true"], ["config", "set", "max_retries", "1"], ["queue", "pause", "q"]):
@@ -4195,7 +4206,7 @@ def fuzzing(home: Home, what: str) -> Iterator[tuple[Fuzz, Callable[..., tuple[i
             yield Fuzz(seed), run
         finally:
             del os.environ["QUEUECTL_HOME"]
-    same((home.store.miscounts(), home.store.damage()), ([], []))
+    same((home.store.upkeep.miscounts(), home.store.upkeep.damage()), ([], []))
 
 
 @alone
@@ -4234,7 +4245,7 @@ def test_fuzz_of_options_and_settings_is_taken_or_refused_in_one_line(home: Home
                 ["release", word], ["list", "--tag", word], ["cancel", word], ["logs", word],
             ])  # fmt: skip
             codes[run(*words)[0]] += 1
-            home.store.settings()
+            home.store.config.settings()
     assert set(codes) == {0, 1, 2} and min(codes.values()) >= 20, codes
 
 
@@ -4345,6 +4356,7 @@ def test_docs_map_at_the_head_is_true() -> None:
 
 def names_used(node: ast.stmt) -> set[str]:
     """The names of its module that a statement refers to, at any depth."""
+
     def walk(scope: symtable.SymbolTable) -> Iterator[str]:
         for symbol in scope.get_symbols():
             top = scope.get_type() == "module"
@@ -4379,7 +4391,7 @@ def test_docs_a_section_uses_only_those_above_it() -> None:
 
 def test_docs_only_some_sections_know_the_system() -> None:
     """click, sqlite3 and the modules of the operating system are known only where the style allows."""
-    may = {"click": {"commands"}, "sqlite3": {"store"}}
+    may = {"click": {"commands"}, "sqlite3": {"database"}}
     may |= {module: {"platform", "home", "attempts"} for module in ("os", "signal", "subprocess", "ctypes")}
     found = {(section_of(node.lineno), name) for node in ast.parse(SOURCE).body for name in names_used(node) & set(may)}
     same({(section, name) for section, name in found if section not in may[name] | {"head"}}, set())
@@ -4426,23 +4438,23 @@ def test_parse_job_no_text_whatever_is_more_than_bad_input() -> None:
 
 
 @dev
-def test_judge_never_runs_a_job_more_than_one_plus_max_retries_times() -> None:
+def test_decide_never_runs_a_job_more_than_one_plus_max_retries_times() -> None:
     """Whatever the outcomes, attempts that count never exceed 1 + max_retries, and the backoff is the formula."""
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    ends = st.sampled_from([q.End.EXITED, q.End.TIMED_OUT, q.End.LOST, q.End.NOT_STARTED])
+    ends = st.sampled_from([q.EndReason.EXITED, q.EndReason.TIMED_OUT, q.EndReason.LOST, q.EndReason.NOT_STARTED])
 
     @settings(max_examples=500, deadline=None)
     @given(st.lists(ends, min_size=8, max_size=8), st.integers(0, 5), st.floats(0.01, 5))
-    def check(outcomes: list[q.End], retries: int, base: float) -> None:
+    def check(outcomes: list[q.EndReason], retries: int, base: float) -> None:
         job = a_job(max_retries=retries, backoff_base=base)
         for end in outcomes:
             job = job._replace(attempts=job.attempts + 1)
-            verdict = q.judge(job, q.Outcome(end, 1 if end is q.End.EXITED else None), q.Settings(), 0, 0.5)
+            verdict = q.decide(job, q.Outcome(end, 1 if end is q.EndReason.EXITED else None), q.Settings(), 0, 0.5)
             if verdict.state is q.State.DEAD:
                 break
-            if end is not q.End.LOST:
+            if end is not q.EndReason.LOST:
                 same(verdict.due_at, round(base**job.attempts * 1000))
         same(job.attempts, 1 + retries)
 
@@ -4457,7 +4469,7 @@ def test_metrics_prometheus_reads_them(home: Home) -> None:
     home.add()
     home.add("exit 1", max_retries=0)
     home.start()
-    until(lambda: home.store.counts()[q.State.DEAD] and home.store.counts()[q.State.COMPLETED])
+    until(lambda: home.store.queries.counts()[q.State.DEAD] and home.store.queries.counts()[q.State.COMPLETED])
     families = {family.name: family for family in parse(home.out("metrics", "--prometheus"))}
     jobs = {sample.labels["state"]: sample.value for sample in families["queuectl_jobs"].samples}
     same((jobs["completed"], jobs["dead"]), (1, 1))
@@ -4490,7 +4502,6 @@ def test_store_keeps_every_legal_job_as_it_was(home: Home) -> None:
     check()
 
 
-
 # The store against a model: both do what hypothesis thinks of, and are compared after each step.
 
 QUEUES, TAGS, KEYS = ["default", "other"], ["t", "u"], ["k", "l"]
@@ -4513,7 +4524,7 @@ class Known:
     run_at: int | None = None
     due_at: int | None = None
     parents: list[int] = dataclasses.field(default_factory=list)
-    doomed_by: int | None = None
+    failed_parent: int | None = None
     worker: int | None = None
     cancelling: bool = False
     ended_at: int | None = None
@@ -4565,7 +4576,7 @@ class Model:
         """What waits for a job that never completes is dead."""
         for seq in self.below(parent.seq) - {parent.seq}:
             if (job := self.jobs[seq]).state in q.WAITING:
-                job.state, job.doomed_by, job.ended_at = q.State.DEAD, parent.seq, now
+                job.state, job.failed_parent, job.ended_at = q.State.DEAD, parent.seq, now
 
     def bind(self, job: Known, ids: list[str], now: int) -> None:
         """Let a job wait for others."""
@@ -4626,23 +4637,23 @@ class Model:
     def finish(self, job: Known, outcome: q.Outcome, now: int) -> None:
         """End an attempt, with a backoff of 2 ** n seconds."""
         job.ran += 1
-        code, ended = outcome.exit_code, outcome.end is q.End.EXITED
+        code, ended = outcome.exit_code, outcome.end is q.EndReason.EXITED
         later = now + 1000 * 2**job.attempts
         job.due_at = None
         if ended and (code == 0 or code in job.has("ok_codes")):
             job.state = q.State.COMPLETED
         elif job.cancelling:
             job.state = q.State.CANCELLED
-        elif outcome.end is q.End.GIVEN_BACK or (ended and code == 75 and job.fields.get("snooze")):
+        elif outcome.end is q.EndReason.GIVEN_BACK or (ended and code == 75 and job.fields.get("snooze")):
             job.state, job.attempts = q.State.PENDING, job.attempts - 1
             job.due_at = later if ended else None
         elif (
             job.attempts > job.has("max_retries") or code in job.has("no_retry_codes")
-            or (outcome.end is q.End.LOST and job.has("on_lost") == "dead")
+            or (outcome.end is q.EndReason.LOST and job.has("on_lost") == "dead")
         ):  # fmt: skip
             job.state = q.State.DEAD
         else:
-            job.state, job.due_at = q.State.FAILED, None if outcome.end is q.End.LOST else later
+            job.state, job.due_at = q.State.FAILED, None if outcome.end is q.EndReason.LOST else later
         job.cancelling = False
         job.ended_at = now if job.state in q.ENDED else None
         if job.state in (q.State.DEAD, q.State.CANCELLED):
@@ -4657,14 +4668,14 @@ class Model:
             back = [
                 other for seq, other in sorted(self.jobs.items())
                 if seq in below and other.state is q.State.DEAD and set(other.parents) <= set(self.jobs)
-                and (other is job or other.doomed_by == job.seq)
+                and (other is job or other.failed_parent == job.seq)
             ]  # fmt: skip
             for other in back:
                 if self.holder(other.has("key")):
                     continue
                 other.state, other.attempts = q.State.PENDING, 0
                 other.due_at = other.run_at if (other.run_at or 0) > now else None
-                other.doomed_by = other.ended_at = None
+                other.failed_parent = other.ended_at = None
         waited_for = {seq for job in self.jobs.values() if job.state in q.WAITING for seq in job.parents}
         for seq in sorted(waited_for & set(self.jobs)):
             if self.jobs[seq].state in (q.State.DEAD, q.State.CANCELLED):
@@ -4700,9 +4711,9 @@ def store_machine() -> Any:
     changes = st.fixed_dictionaries({}, optional={name: given[name] for name in changing})
     tags, queues = st.none() | st.sampled_from(TAGS), st.none() | st.sampled_from(QUEUES)
     which = st.builds(q.Selection, some_ids) | st.builds(q.Selection, st.just(()), tags, queues)
-    ends = [q.Outcome(q.End.EXITED, code) for code in (0, 0, 1, 1, 3, 4, 75)] + [
-        q.Outcome(q.End.TIMED_OUT), q.Outcome(q.End.GIVEN_BACK), q.Outcome(q.End.NOT_STARTED, 127),
-        q.Outcome(q.End.EXITED, None, signal.SIGTERM),
+    ends = [q.Outcome(q.EndReason.EXITED, code) for code in (0, 0, 1, 1, 3, 4, 75)] + [
+        q.Outcome(q.EndReason.TIMED_OUT), q.Outcome(q.EndReason.GIVEN_BACK), q.Outcome(q.EndReason.NOT_STARTED, 127),
+        q.Outcome(q.EndReason.EXITED, None, signal.SIGTERM),
     ]  # fmt: skip
 
     class StoreMachine(RuleBasedStateMachine):
@@ -4710,7 +4721,7 @@ def store_machine() -> Any:
             super().__init__()
             self.folder = tempfile.TemporaryDirectory(prefix="queuectl-test-")
             self.path = os.path.join(self.folder.name, "queue.db")
-            self.store, self.model, self.now = q.Store(self.path, durable=False), Model(), 1_000_000
+            self.store, self.model, self.now = q.open_store(self.path, durable=False), Model(), 1_000_000
             self.workers: dict[int, list[str] | None] = {}  # and the queues that they take
             self.slots: dict[int, int] = {}
             self.claims: list[q.Job] = []  # every one that was ever made, the late ones too
@@ -4758,14 +4769,18 @@ def store_machine() -> Any:
         def enqueue(self, batch: list[dict[str, Any]], skip: bool) -> None:
             batch = [q.check_fields(self.with_parents(fields), self.now) for fields in batch]
             self.agree(
-                lambda: list(self.store.enqueue([("", dict(spec)) for spec in batch], self.now, skip_existing=skip)),
+                lambda: list(
+                    self.store.jobs.enqueue([("", dict(spec)) for spec in batch], self.now, skip_existing=skip)
+                ),
                 lambda: self.model.enqueue(batch, skip, self.now),
             )
 
         @rule(queues=st.none() | st.lists(st.sampled_from(QUEUES), min_size=1, unique=True))
         def register(self, queues: list[str] | None) -> None:
             free = min(set(range(1, len(self.slots) + 2)) - set(self.slots.values()))
-            row, _ = self.store.register(1, "h", queues, False, self.now, lambda _: None, self.slots.__contains__)
+            row, _ = self.store.workers.register(
+                1, "h", queues, False, self.now, lambda _: None, self.slots.__contains__
+            )
             same((row.slot, row.queues), (free, queues))
             self.workers[row.id], self.slots[row.id] = queues, free
 
@@ -4776,7 +4791,7 @@ def store_machine() -> Any:
             if any(job.worker == worker and job.state is q.State.PROCESSING for job in self.model.jobs.values()):
                 return
             self.now += 1  # no two attempts of a job begin in the same millisecond
-            job = self.store.claim(worker, self.workers[worker], self.now)
+            job = self.store.jobs.claim(worker, self.workers[worker], self.now)
             wanted = self.model.next(self.workers[worker], self.now)
             same(job and job.id, wanted and wanted.id)
             if job and wanted:
@@ -4793,18 +4808,21 @@ def store_machine() -> Any:
             is_mine = job and job.state is q.State.PROCESSING and newest is claim and claim.worker in self.workers
             if job and is_mine:
                 self.model.finish(job, outcome, self.now)
-            got = self.store.finish(claim, outcome, q.Settings(max_retries=3), self.now)
+            got = self.store.jobs.finish(claim, outcome, q.Settings(max_retries=3), self.now)
             same(got, job.state if job and is_mine else None)
 
         @precondition(lambda self: self.workers)
         @rule(data=st.data())
         def die_and_be_buried(self, data: Any) -> None:
             worker = data.draw(st.sampled_from(sorted(self.workers)))
-            for job in self.store.under_way(worker):
-                lost = q.Outcome(q.End.LOST, error="died")
+            for job in self.store.jobs.running_jobs(worker):
+                lost = q.Outcome(q.EndReason.LOST, error="died")
                 self.model.finish(self.model.jobs[job.seq], lost, self.now)
-                same(self.store.finish(job, lost, q.Settings(max_retries=3), self.now), self.model.jobs[job.seq].state)
-            self.store.unregister(worker)
+                same(
+                    self.store.jobs.finish(job, lost, q.Settings(max_retries=3), self.now),
+                    self.model.jobs[job.seq].state,
+                )
+            self.store.workers.unregister(worker)
             del self.workers[worker], self.slots[worker]
 
         @rule(which=which, hold=st.booleans())
@@ -4815,7 +4833,7 @@ def store_machine() -> Any:
                     job.fields = {**job.fields, "hold": hold}
                 return [job.id for job in found]
 
-            self.agree(lambda: self.store.set_hold(which, hold, self.now), expect)
+            self.agree(lambda: self.store.changes.set_hold(which, hold, self.now), expect)
 
         @rule(which=which)
         def cancel(self, which: q.Selection) -> None:
@@ -4831,7 +4849,7 @@ def store_machine() -> Any:
                         self.model.doom(job, self.now)
                 return [job.id for job in found]
 
-            self.agree(lambda: [job.id for job in self.store.cancel(which, self.now)], expect)
+            self.agree(lambda: [job.id for job in self.store.changes.cancel(which, self.now)], expect)
 
         @rule(which=which, spec=changes)
         def edit(self, which: q.Selection, spec: dict[str, Any]) -> None:
@@ -4855,7 +4873,7 @@ def store_machine() -> Any:
                         self.model.bind(job, spec["after"], self.now)
                 return [job.id for job in found]
 
-            self.agree(lambda: self.store.edit(which, spec, self.now), expect)
+            self.agree(lambda: self.store.changes.edit(which, spec, self.now), expect)
 
         @rule(which=which | st.just(q.EVERY_JOB))
         def retry_dead(self, which: q.Selection) -> None:
@@ -4864,7 +4882,7 @@ def store_machine() -> Any:
                 self.model.retry(found, bool(which.ids), self.now)
                 return [job.id for job in found if job.state is not q.State.DEAD]
 
-            self.agree(lambda: self.store.retry_dead(which, self.now), expect)
+            self.agree(lambda: self.store.changes.retry_dead(which, self.now), expect)
 
         @rule(which=which)
         def purge_dead(self, which: q.Selection) -> None:
@@ -4873,25 +4891,25 @@ def store_machine() -> Any:
                 self.model.remove(found)
                 return [job.id for job in found]
 
-            self.agree(lambda: self.store.purge_dead(which), expect)
+            self.agree(lambda: self.store.changes.purge_dead(which), expect)
 
         @rule(states=st.sets(st.sampled_from(q.ENDED), min_size=1), age=st.sampled_from([0, 5000]), dry=st.booleans())
         def prune(self, states: set[q.State], age: int, dry: bool) -> None:
             before = self.now - age
             found = [job for job in self.model.jobs.values() if job.state in states and (job.ended_at or 0) < before]
-            got = [id for ids in self.store.prune(sorted(states), before, dry_run=dry, batch=2) for id in ids]
+            got = [id for ids in self.store.changes.prune(sorted(states), before, dry_run=dry, batch=2) for id in ids]
             same(sorted(got), sorted(job.id for job in found))
             if not dry:
                 self.model.remove(found)
 
         @rule(queue=st.sampled_from(QUEUES), paused=st.booleans())
         def pause_or_resume(self, queue: str, paused: bool) -> None:
-            self.store.set_paused([queue], paused)
+            self.store.queues.set_paused([queue], paused)
             (self.model.paused.add if paused else self.model.paused.discard)(queue)
 
         @rule(queue=st.sampled_from(QUEUES), limit=st.none() | st.integers(1, 2))
         def limit(self, queue: str, limit: int | None) -> None:
-            self.store.set_limit(queue, limit)
+            self.store.queues.set_limit(queue, limit)
             self.model.limits = {**self.model.limits, queue: limit or 1000}
 
         @rule(seconds=st.sampled_from([1, 2, 4, 10]))
@@ -4901,14 +4919,14 @@ def store_machine() -> Any:
         @rule()
         def restart(self) -> None:
             self.store.close()
-            self.store = q.Store(self.path, durable=False)
+            self.store = q.open_store(self.path, durable=False)
 
         @invariant()
         def rows_are_as_the_model_says(self) -> None:
-            rows = {job.seq: job for job in self.store.jobs()}
+            rows = {job.seq: job for job in self.store.queries.jobs()}
             got = {
                 job.seq: (job.id, job.state, job.attempts, job.queue, job.priority, job.hold, job.cancelling,
-                          job.doomed_by, job.blockers, job.finished_at, job.key, len(self.store.history(job)))
+                          job.failed_parent, job.blockers, job.finished_at, job.key, len(self.store.queries.history(job)))
                 for job in rows.values()
             }  # fmt: skip
             wanted = {}
@@ -4916,12 +4934,12 @@ def store_machine() -> Any:
                 blockers = [seq for seq in job.parents if not self.model.has_completed(seq)]
                 wanted[job.seq] = (
                     job.id, job.state, job.attempts, job.has("queue"), job.has("priority"), job.has("hold"),
-                    job.cancelling, job.doomed_by, len(blockers), job.ended_at, job.has("key"), job.ran,
+                    job.cancelling, job.failed_parent, len(blockers), job.ended_at, job.has("key"), job.ran,
                 )  # fmt: skip
             same(got, wanted)
             states = collections.Counter(job.state for job in self.model.jobs.values())
-            same(self.store.counts(), {state: states[state] for state in q.State})
-            same(self.store.miscounts(), [])
+            same(self.store.queries.counts(), {state: states[state] for state in q.State})
+            same(self.store.upkeep.miscounts(), [])
 
     return StoreMachine
 

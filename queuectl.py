@@ -65,7 +65,7 @@ HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 PATIENCE_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_PATIENCE_S = 5.0  # the same for a worker, which then tries again
 BUSY_RESTS_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
-TURN_S = 0.25  # how long a worker waits for its turn to write before it just tries
+WRITE_GATE_S = 0.25  # how long a worker waits at the write gate before it goes ahead
 PRUNE_REST_S = 0.01  # between two transactions of `prune`: others get their turn
 WAIT_LOOK_S = 0.02  # how often a command that waits looks
 FOLLOW_LOOK_S = 0.1  # how often `logs --follow` looks for more
@@ -1782,7 +1782,7 @@ class Store:
 
 # ======================================================================== platform
 
-MARK = "QUEUECTL_RUN"  # the variable that tells whose a process is
+RUN_TAG = "QUEUECTL_RUN"  # the variable that holds the run tag: the attempt that a process belongs to
 NO_ATTEMPT = "worker"  # its value in a worker that was started from within a job
 
 
@@ -1823,7 +1823,7 @@ class Home(NamedTuple):
 
     @property
     def bells(self) -> str:
-        """The folder of the workers' bells."""
+        """The folder of the workers' bells. A bell wakes its worker, and is also its sign of life."""
         return os.path.join(self.path, "bells")
 
     def log(self, job: str) -> str:
@@ -1838,7 +1838,7 @@ class Home(NamedTuple):
         return os.path.join(self.logs, f".{worker}-{file_identity(self.database)[1]}")
 
     def bell(self, worker: int) -> str:
-        """The file by which a worker is woken, on systems where it is a file."""
+        """A worker's bell, on systems where it is a file."""
         return os.path.join(self.bells, str(worker))
 
     def is_there(self, database: tuple[int, int]) -> bool:
@@ -1855,6 +1855,30 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
+# What follows exists twice, once for Windows and once for POSIX, by the same names, parameters and order:
+#
+#   files
+#     refuse_if_shared     refuse a directory that somebody else can write to
+#     is_open_to_others    can anybody but the owner read or write a file?
+#     is_remote            is a path on another machine?
+#     open_log             open a file for appending
+#     CAN_TELL_WHO_OPENS   does `is_open_elsewhere` know? Workers use a spool only where it does
+#     is_open_elsewhere    may anybody else hold a file open? Windows always answers yes
+#   wake-up
+#     Bell                 what wakes a worker. The system ends it with its process, so it is also the sign of life
+#     ring                 wake a worker
+#     is_alive             does a worker listen to its bell?
+#   write gate
+#     WriteGate            lets the workers that want to write in, one after the other; does nothing on Windows
+#   processes
+#     Process              a command and all that it starts
+#     end_leftovers        end what a dead worker's attempt left running
+#     memory_kills         how many processes the system has ended for want of memory; 0 on Windows
+#   worker processes
+#     become_worker        make this process a worker: signals, descriptors, orphans
+#     start_detached       start a worker process that outlives its parent
+#     leave_job            take a worker that a job starts out of that job's attempt
+
 if sys.platform == "win32":
     import ctypes
     import msvcrt
@@ -1866,8 +1890,143 @@ if sys.platform == "win32":
     _kernel32.CreateEventW.restype = _kernel32.OpenEventW.restype = wintypes.HANDLE
     _kernel32.CreateJobObjectW.restype = _kernel32.OpenJobObjectW.restype = wintypes.HANDLE
     _kernel32.CreateFileW.restype = wintypes.HANDLE
-    _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
     _NO_SUCH_FILE = 2
+
+    def _must(result: Any) -> Any:
+        """What a system call gave; OSError with the reason where that is nothing."""
+        if result in (None, 0, wintypes.HANDLE(-1).value):
+            raise ctypes.WinError(ctypes.get_last_error())
+        return result
+
+    def _object_name(kind: str, of: str) -> str:
+        """The name of a system object, the same in every session of the machine."""
+        import hashlib
+
+        return f"Global\\queuectl-{kind}-{hashlib.sha256(os.path.normcase(of).encode()).hexdigest()[:32]}"
+
+    # ---- files
+
+    # Who is everybody, and what is writing, in the language of access lists (SDDL).
+    _EVERYBODY = re.compile(r"\(A;[^;]*;([^;]*);[^;]*;[^;]*;(?:WD|AU|BU|BG|IU|AN)\)")
+    _WRITING = re.compile(r"(?:..)*(?:DC|LC|DT|SD|WD|WO|GA|GW|FA|FW)")
+    _WRITING_BITS = 0x500D0046
+
+    def refuse_if_shared(directory: str) -> None:
+        """QueueError where everybody can write to a directory, as ssh does; one that is new is closed to them first."""
+        us = f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}:(OI)(CI)F"
+        if not os.listdir(directory):
+            _keep_for(us, directory)
+        for rights in _EVERYBODY.findall(_access_list(directory)):
+            bits = int(rights, 16) if rights.startswith("0x") else 0
+            if bits & _WRITING_BITS or _WRITING.match(rights):
+                close_it = f'icacls "{directory}" /inheritance:r /grant:r "{us}"'
+                raise QueueError(f"{directory} can be written to by others; run: {close_it}")
+
+    def _keep_for(us: str, directory: str) -> None:
+        """Take a directory from everybody but us and the system, where that works."""
+        icacls = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "icacls.exe")
+        close = [icacls, directory, "/inheritance:r", "/grant:r", us, "*S-1-5-18:(OI)(CI)F"]
+        with contextlib.suppress(OSError):
+            subprocess.run(close, capture_output=True, creationflags=subprocess.CREATE_NO_WINDOW)
+
+    def _access_list(path: str) -> str:
+        """Who may do what with a file, in SDDL; empty where the system does not tell."""
+        advapi32, who_may = ctypes.WinDLL("advapi32"), 0x4
+        size, text = wintypes.DWORD(), wintypes.LPWSTR()
+        advapi32.GetFileSecurityW(path, who_may, None, 0, ctypes.byref(size))
+        descriptor = ctypes.create_string_buffer(size.value)
+        if not advapi32.GetFileSecurityW(path, who_may, descriptor, size, ctypes.byref(size)):
+            return ""
+        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, 1, who_may, ctypes.byref(text), None)
+        try:
+            return text.value or ""
+        finally:
+            _kernel32.LocalFree(text)
+
+    def is_open_to_others(path: str) -> bool:
+        """Windows gives a profile's files to their owner."""
+        return False
+
+    def is_remote(path: str) -> bool:
+        """Is a path on another machine?"""
+        drive_remote = 4
+        drive = os.path.splitdrive(path)[0] + "\\"
+        return path.startswith("\\\\") or bool(_kernel32.GetDriveTypeW(drive) == drive_remote)
+
+    def open_log(path: str) -> int:
+        """A descriptor that appends, also in the processes that inherit it."""
+        append, share_all, open_always = 0x4, 0x7, 4
+        handle = _must(_kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None))
+        return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
+
+    CAN_TELL_WHO_OPENS = False
+
+    def is_open_elsewhere(fd: int) -> bool:
+        """May anybody else hold the file of a descriptor open? Nobody tells."""
+        return True
+
+    # ---- wake-up
+
+    class Bell:
+        """A named event: it exists as long as the worker that listens, which the system sees to."""
+
+        def __init__(self, home: Home, worker: int) -> None:
+            self._event = _must(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
+
+        def wait(self, timeout_s: float, process: Process | None = None) -> bool:
+            """Sleep until somebody rings (True), the process ends, or the time is over."""
+            handles = [self._event] + ([process.handle] if process else [])
+            array = (wintypes.HANDLE * len(handles))(*handles)
+            ms = max(0, math.ceil(timeout_s * 1000))
+            return bool(_kernel32.WaitForMultipleObjects(len(handles), array, False, ms) == 0)
+
+        def close(self) -> None:
+            """Listen no more."""
+            _kernel32.CloseHandle(self._event)
+
+    def ring(home: Home, worker: int) -> bool:
+        """Wake a worker; False where nobody listens any more."""
+        return _with_event(home, worker, True)
+
+    def is_alive(home: Home, worker: int) -> bool:
+        """Does a worker listen to its bell?"""
+        return _with_event(home, worker, False)
+
+    def _with_event(home: Home, worker: int, ring: bool) -> bool:
+        event_modify_state = 0x2
+        event = _kernel32.OpenEventW(event_modify_state, False, _event_name(home, worker))
+        if not event:
+            return ctypes.get_last_error() != _NO_SUCH_FILE  # any other trouble is ours, not its death
+        if ring:
+            _kernel32.SetEvent(event)
+        _kernel32.CloseHandle(event)
+        return True
+
+    def _event_name(home: Home, worker: int) -> str:
+        return _object_name("bell", f"{worker}@{home.path}")
+
+    # ---- write gate
+
+    class WriteGate:
+        """Workers that want to write at the same time: here each tries until it may."""
+
+        def __init__(self, home: Home) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            """Nothing is held."""
+
+    # ---- processes
+
+    _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
+    # A hidden console of its own: no window, and no Ctrl-C that is meant for somebody else.
+    _HIDDEN = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
     _KILL_ON_JOB_CLOSE, _BREAKAWAY_OK = 0x2000, 0x800
     _JOB_SET, _JOB_QUERY, _JOB_TERMINATE = 0x2, 0x4, 0x8  # rights to a job object
     _EXTENDED_LIMITS, _ACCOUNTING = 9, 1  # information classes of a job object
@@ -1901,105 +2060,6 @@ if sys.platform == "win32":
             ("terminated", wintypes.DWORD),
         ]
 
-    def _must(result: Any) -> Any:
-        """What a system call gave; OSError with the reason where that is nothing."""
-        if result in (None, 0, wintypes.HANDLE(-1).value):
-            raise ctypes.WinError(ctypes.get_last_error())
-        return result
-
-    def _object_name(kind: str, of: str) -> str:
-        """The name of a system object, the same in every session of the machine."""
-        import hashlib
-
-        return f"Global\\queuectl-{kind}-{hashlib.sha256(os.path.normcase(of).encode()).hexdigest()[:32]}"
-
-    # Who is everybody, and what is writing, in the language of access lists (SDDL).
-    _EVERYBODY = re.compile(r"\(A;[^;]*;([^;]*);[^;]*;[^;]*;(?:WD|AU|BU|BG|IU|AN)\)")
-    _WRITING = re.compile(r"(?:..)*(?:DC|LC|DT|SD|WD|WO|GA|GW|FA|FW)")
-    _WRITING_BITS = 0x500D0046
-
-    def refuse_if_shared(directory: str) -> None:
-        """QueueError where everybody can write to a directory, as ssh does; one that is new is closed to them first."""
-        us = f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}:(OI)(CI)F"
-        if not os.listdir(directory):
-            icacls = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "icacls.exe")
-            close = [icacls, directory, "/inheritance:r", "/grant:r", us, "*S-1-5-18:(OI)(CI)F"]
-            with contextlib.suppress(OSError):
-                subprocess.run(close, capture_output=True, creationflags=subprocess.CREATE_NO_WINDOW)
-        for rights in _EVERYBODY.findall(_access_list(directory)):
-            bits = int(rights, 16) if rights.startswith("0x") else 0
-            if bits & _WRITING_BITS or _WRITING.match(rights):
-                close_it = f'icacls "{directory}" /inheritance:r /grant:r "{us}"'
-                raise QueueError(f"{directory} can be written to by others; run: {close_it}")
-
-    def _access_list(path: str) -> str:
-        """Who may do what with a file, in SDDL; empty where the system does not tell."""
-        advapi32, who_may = ctypes.WinDLL("advapi32"), 0x4
-        size, text = wintypes.DWORD(), wintypes.LPWSTR()
-        advapi32.GetFileSecurityW(path, who_may, None, 0, ctypes.byref(size))
-        descriptor = ctypes.create_string_buffer(size.value)
-        if not advapi32.GetFileSecurityW(path, who_may, descriptor, size, ctypes.byref(size)):
-            return ""
-        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, 1, who_may, ctypes.byref(text), None)
-        try:
-            return text.value or ""
-        finally:
-            _kernel32.LocalFree(text)
-
-    def is_open_to_others(path: str) -> bool:
-        """Windows gives a profile's files to their owner."""
-        return False
-
-    def is_remote(path: str) -> bool:
-        """Is a path on another machine?"""
-        drive_remote = 4
-        drive = os.path.splitdrive(path)[0] + "\\"
-        return path.startswith("\\\\") or bool(_kernel32.GetDriveTypeW(drive) == drive_remote)
-
-    def open_log(path: str) -> int:
-        """A descriptor that appends, also in the processes that inherit it."""
-        append, share_all, open_always = 0x4, 0x7, 4
-        handle = _must(_kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None))
-        return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
-
-    def _event_name(home: Home, worker: int) -> str:
-        return _object_name("bell", f"{worker}@{home.path}")
-
-    class Bell:
-        """A named event: it exists as long as the worker that listens, which the system sees to."""
-
-        def __init__(self, home: Home, worker: int) -> None:
-            self._event = _must(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
-
-        def wait(self, timeout_s: float, process: Process | None = None) -> bool:
-            """Sleep until somebody rings (True), the process ends, or the time is over."""
-            handles = [self._event] + ([process.handle] if process else [])
-            array = (wintypes.HANDLE * len(handles))(*handles)
-            ms = max(0, math.ceil(timeout_s * 1000))
-            return bool(_kernel32.WaitForMultipleObjects(len(handles), array, False, ms) == 0)
-
-        def close(self) -> None:
-            """Listen no more."""
-            _kernel32.CloseHandle(self._event)
-
-    def _with_event(home: Home, worker: int, ring: bool) -> bool:
-        event_modify_state = 0x2
-        event = _kernel32.OpenEventW(event_modify_state, False, _event_name(home, worker))
-        if not event:
-            return ctypes.get_last_error() != _NO_SUCH_FILE  # any other trouble is ours, not its death
-        if ring:
-            _kernel32.SetEvent(event)
-        _kernel32.CloseHandle(event)
-        return True
-
-    def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens any more."""
-        return _with_event(home, worker, True)
-
-    def is_alive(home: Home, worker: int) -> bool:
-        """Does a worker listen to its bell?"""
-        return _with_event(home, worker, False)
-
     def _limit(job: int, flags: int) -> None:
         """Say what holds for the processes of a job object, and for its end."""
         limits = _Limits(flags=flags)
@@ -2010,9 +2070,23 @@ if sys.platform == "win32":
         size = ctypes.sizeof(into)
         _kernel32.QueryInformationJobObject(wintypes.HANDLE(job), kind, ctypes.byref(into), size, None)
 
-    def _end_job(job: int, patience_s: float = 10.0) -> bool:
+    def _new_job(run_tag: str) -> int:
+        """A job object named by a run tag; one without a name where that name is taken, which is not ours."""
+        already_exists = 183
+        job = _must(_kernel32.CreateJobObjectW(None, _object_name("job", run_tag)))
+        if ctypes.get_last_error() == already_exists:
+            _kernel32.CloseHandle(wintypes.HANDLE(job))
+            job = _must(_kernel32.CreateJobObjectW(None, None))
+        return int(job)
+
+    def _open_job(run_tag: str, rights: int) -> int | None:
+        """The job object of an attempt, which has its name as long as its worker lives; None where it is gone."""
+        handle = _kernel32.OpenJobObjectW(rights, False, _object_name("job", run_tag))
+        return int(handle) if handle else None
+
+    def _end_job(job: int, timeout_s: float = 10.0) -> bool:
         """End every process of a job object; False where some are still there."""
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + timeout_s
         used = _Accounting(active=1)
         while used.active and time.monotonic() < deadline:
             _kernel32.TerminateJobObject(wintypes.HANDLE(job), 1)
@@ -2020,40 +2094,19 @@ if sys.platform == "win32":
             time.sleep(0.005 if used.active else 0)
         return not used.active
 
-    def _new_job(mark: str) -> int:
-        """A job object that bears an attempt's name; no name where one of that name is there, which is not ours."""
-        already_exists = 183
-        job = _must(_kernel32.CreateJobObjectW(None, _object_name("job", mark)))
-        if ctypes.get_last_error() == already_exists:
-            _kernel32.CloseHandle(wintypes.HANDLE(job))
-            job = _must(_kernel32.CreateJobObjectW(None, None))
-        return int(job)
-
-    def _open_job(mark: str, rights: int) -> int | None:
-        """The job object of an attempt, which has its name as long as its worker lives; None where it is gone."""
-        handle = _kernel32.OpenJobObjectW(rights, False, _object_name("job", mark))
-        return int(handle) if handle else None
-
     class Process:
         """A command in a job object of its own, which dies with this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, stdin: int | None = None
-        ) -> None:
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, run_tag: str,
+            stdin: int | None = None,
+        ) -> None:  # fmt: skip
             line = _shell_line(command) if isinstance(command, str) else [_program(command[0], cwd, env), *command[1:]]
-            env[MARK] = mark
-            spelled = {name.upper(): (name, value) for name, value in env.items()}
-            self._job = _new_job(mark)
+            self._job = _new_job(run_tag)
             try:
                 _limit(self._job, _KILL_ON_JOB_CLOSE)
                 with os.fdopen(open_log(log), "ab") as output:
-                    self._popen = subprocess.Popen(
-                        line, cwd=cwd, env=dict(spelled.values()),
-                        stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output, stderr=output,
-                        # A hidden console of its own: no window, and no Ctrl-C that is meant for the worker.
-                        creationflags=subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-                        | _CREATE_SUSPENDED,
-                    )  # fmt: skip
+                    self._popen = _start_suspended(line, cwd, {**env, RUN_TAG: run_tag}, stdin, output)
                 self.handle = int(self._popen._handle)  # type: ignore[attr-defined]
                 self._resume()
             except BaseException:
@@ -2090,6 +2143,17 @@ if sys.platform == "win32":
                 _limit(self._job, 0)
             _kernel32.CloseHandle(wintypes.HANDLE(self._job))
 
+    def _start_suspended(
+        line: str | list[str], cwd: str, env: Mapping[str, str], stdin: int | None, output: BinaryIO
+    ) -> subprocess.Popen[bytes]:
+        """A process that has not begun; of variables that differ in case alone, the last one counts."""
+        spelled = {name.upper(): (name, value) for name, value in env.items()}
+        return subprocess.Popen(
+            line, cwd=cwd, env=dict(spelled.values()),
+            stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output, stderr=output,
+            creationflags=_HIDDEN | _CREATE_SUSPENDED,
+        )  # fmt: skip
+
     def _shell_line(command: str) -> str:
         """The command line by which cmd.exe runs a line as it is: /s takes off just the outer quotes."""
         if "\n" in command.strip():
@@ -2108,43 +2172,24 @@ if sys.platform == "win32":
                     return path
         return word
 
-    def memory_kills() -> int:
-        """How many processes this system has ended for want of memory: Windows refuses memory, and ends none."""
-        return 0
-
-    def end_leftovers(mark: str, log: str) -> bool:
+    def end_leftovers(run_tag: str, log: str) -> bool:
         """End what a dead worker's attempt left running; False where some of it is still there.
 
         The system ends it with the worker; here we only wait until it has.
         """
-        job = _open_job(mark, _JOB_QUERY | _JOB_TERMINATE)
+        job = _open_job(run_tag, _JOB_QUERY | _JOB_TERMINATE)
         if job is None:
             return ctypes.get_last_error() == _NO_SUCH_FILE
         try:
-            return _end_job(job, patience_s=2.0)
+            return _end_job(job, timeout_s=2.0)
         finally:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
 
-    CAN_TELL_WHO_OPENS = False
+    def memory_kills() -> int:
+        """How many processes this system has ended for want of memory: Windows refuses memory, and ends none."""
+        return 0
 
-    def is_open_elsewhere(fd: int) -> bool:
-        """May anybody else hold the file of a descriptor open? Nobody tells."""
-        return True
-
-    class Turn:
-        """Workers that want to write at the same time: here each tries until it may."""
-
-        def __init__(self, home: Home) -> None:
-            pass
-
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def close(self) -> None:
-            """Nothing is held."""
+    # ---- worker processes
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
@@ -2156,38 +2201,33 @@ if sys.platform == "win32":
 
         It lives at the root: a directory that a process lives in can neither be moved nor removed.
         """
-        root = os.path.splitdrive(home.path)[0] + "\\"
-        hidden = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-        for flags in (hidden | _BREAKAWAY, hidden):
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), *arguments], cwd=root, creationflags=flags,
-                    env={**os.environ, "QUEUECTL_HOME": home.path}, text=True, errors="replace",
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-                break
-            except PermissionError:  # the job object that holds us lets nobody go
-                if flags == hidden:
-                    raise
+        try:
+            process = _start_worker(home, arguments, _HIDDEN | _BREAKAWAY)
+        except PermissionError:  # the job object that holds us lets nobody go
+            process = _start_worker(home, arguments, _HIDDEN)
         process.returncode = 0  # it is meant to outlive us
         return cast(TextIO, process.stdout)
 
+    def _start_worker(home: Home, arguments: Sequence[str], flags: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), *arguments], cwd=os.path.splitdrive(home.path)[0] + "\\",
+            env={**os.environ, "QUEUECTL_HOME": home.path}, text=True, errors="replace", creationflags=flags,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
     def leave_job(arguments: Sequence[str]) -> None:
         """Let the workers that a job starts leave the job object of its attempt."""
-        job = _open_job(os.environ.get(MARK, NO_ATTEMPT), _JOB_SET)
+        job = _open_job(os.environ.get(RUN_TAG, NO_ATTEMPT), _JOB_SET)
         if job is not None:
             _limit(job, _KILL_ON_JOB_CLOSE | _BREAKAWAY_OK)
             _kernel32.CloseHandle(wintypes.HANDLE(job))
-        os.environ[MARK] = NO_ATTEMPT
+        os.environ[RUN_TAG] = NO_ATTEMPT
 
 else:
     import fcntl
     import select
 
-    _RING = b"\0"  # never the number of a signal
-    _Identity = tuple[int, str]  # a process id and when that process started
-    _HAS_PROC = os.path.isdir("/proc/self/fd")  # Linux; elsewhere `ps` tells what it can
-    _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
+    # ---- files
 
     def refuse_if_shared(directory: str) -> None:
         """QueueError where somebody else can write to a directory, as ssh does."""
@@ -2233,46 +2273,9 @@ else:
             return True
         return False
 
-    class Turn:
-        """Workers that want to write at the same time queue up: the system wakes one after the other.
+    # ---- wake-up
 
-        It is a courtesy that saves them from trying again and again. The database has its own lock; so who waits
-        for long, since whoever has the turn was stopped or has to wait too, goes ahead.
-        """
-
-        def __init__(self, home: Home) -> None:
-            self._fd = os.open(home.bells, os.O_RDONLY)
-            self._is_waiting = False
-            signal.signal(signal.SIGALRM, self._stop_waiting)
-
-        def __enter__(self) -> None:
-            with contextlib.suppress(OSError):  # TimeoutError is one, and a file system without such locks gives one
-                try:
-                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._wait()
-
-        def _wait(self) -> None:
-            self._is_waiting = True
-            try:
-                signal.setitimer(signal.ITIMER_REAL, TURN_S, TURN_S)  # again and again: one may come before the wait
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
-            finally:
-                self._is_waiting = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
-
-        def _stop_waiting(self, *_: object) -> None:
-            if self._is_waiting:
-                self._is_waiting = False
-                raise TimeoutError
-
-        def __exit__(self, *_: object) -> None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-        def close(self) -> None:
-            """Queue up no more."""
-            os.close(self._fd)
+    _RING = b"\0"  # never the number of a signal
 
     class Bell:
         """A FIFO: it has a reader as long as its worker lives, which the system sees to.
@@ -2306,6 +2309,14 @@ else:
                     remove_file(self._path)
             os.close(self._fd)
 
+    def ring(home: Home, worker: int) -> bool:
+        """Wake a worker; False where nobody listens any more."""
+        return _with_fifo(home, worker, _RING)
+
+    def is_alive(home: Home, worker: int) -> bool:
+        """Does a worker listen to its bell?"""
+        return _with_fifo(home, worker, b"")
+
     def _with_fifo(home: Home, worker: int, message: bytes) -> bool:
         try:
             fd = os.open(home.bell(worker), os.O_WRONLY | os.O_NONBLOCK)
@@ -2318,21 +2329,55 @@ else:
         os.close(fd)
         return True
 
-    def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens any more."""
-        return _with_fifo(home, worker, _RING)
+    # ---- write gate
 
-    def is_alive(home: Home, worker: int) -> bool:
-        """Does a worker listen to its bell?"""
-        return _with_fifo(home, worker, b"")
+    class WriteGate:
+        """Workers that want to write at the same time queue up: the system wakes one after the other.
 
-    def _ps(*options: str) -> list[str]:
-        """What `ps` says, a line a process."""
-        import subprocess
+        The gate saves them from trying again and again. It protects nothing: the database has its own lock. So a
+        worker that waits for long, because the one inside was stopped or has to wait too, goes ahead.
+        """
 
-        with subprocess.Popen(["ps", *options], stdout=subprocess.PIPE) as ps:
-            lines = cast(IO[bytes], ps.stdout).read().decode(errors="replace").splitlines()
-        return [line for line in lines if line.split(None, 1)[0] != str(ps.pid)]  # without itself
+        def __init__(self, home: Home) -> None:
+            self._fd = os.open(home.bells, os.O_RDONLY)
+            self._is_waiting = False
+            signal.signal(signal.SIGALRM, self._stop_waiting)
+
+        def __enter__(self) -> None:
+            with contextlib.suppress(OSError):  # TimeoutError is one, and a file system without such locks gives one
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._wait()
+
+        def _wait(self) -> None:
+            self._is_waiting = True
+            try:
+                # Again and again: the first may come before the wait.
+                signal.setitimer(signal.ITIMER_REAL, WRITE_GATE_S, WRITE_GATE_S)
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            finally:
+                self._is_waiting = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+        def _stop_waiting(self, *_: object) -> None:
+            if self._is_waiting:
+                self._is_waiting = False
+                raise TimeoutError
+
+        def __exit__(self, *_: object) -> None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+        def close(self) -> None:
+            """Let go of the gate for good."""
+            os.close(self._fd)
+
+    # ---- processes
+
+    _Identity = tuple[int, str]  # a process id and when that process started
+    _HAS_PROC = os.path.isdir("/proc/self/fd")  # Linux; elsewhere `ps` tells what it can
+    _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
 
     def _processes() -> dict[_Identity, int]:
         """Every process that has not ended, and its parent's id."""
@@ -2356,19 +2401,27 @@ else:
             fields = file.read().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[1]), fields[19].decode()
 
-    def _marks(table: Iterable[_Identity]) -> dict[_Identity, str | None]:
-        """The mark in the environment that each process was started with; None where it cleared it."""
+    def _ps(*options: str) -> list[str]:
+        """What `ps` says, a line a process."""
+        import subprocess
+
+        with subprocess.Popen(["ps", *options], stdout=subprocess.PIPE) as ps:
+            lines = cast(IO[bytes], ps.stdout).read().decode(errors="replace").splitlines()
+        return [line for line in lines if line.split(None, 1)[0] != str(ps.pid)]  # without itself
+
+    def _run_tags(table: Iterable[_Identity]) -> dict[_Identity, str | None]:
+        """The run tag in the environment that each process was started with; None where it was cleared."""
         if _HAS_PROC:
-            return {process: _mark_of(process[0]) for process in table}
+            return {process: _run_tag_of(process[0]) for process in table}
         found = {}
         for line in _ps("-axEwwo", "pid=,command="):
             pid, _, rest = line.strip().partition(" ")
-            found[int(pid)] = next(iter(re.findall(rf" {MARK}=(\S+)", rest)), None)
+            found[int(pid)] = next(iter(re.findall(rf" {RUN_TAG}=(\S+)", rest)), None)
         return {process: found.get(process[0]) for process in table}
 
-    def _mark_of(pid: int) -> str | None:
+    def _run_tag_of(pid: int) -> str | None:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            _, found, rest = (b"\0" + file.read()).partition(f"\0{MARK}=".encode())
+            _, found, rest = (b"\0" + file.read()).partition(f"\0{RUN_TAG}=".encode())
             return os.fsdecode(rest.partition(b"\0")[0]) if found else None
         return None
 
@@ -2381,17 +2434,27 @@ else:
                     return True
         return False
 
-    def _family(table: Mapping[_Identity, int], roots: Iterable[_Identity], mark: str) -> set[_Identity]:
-        """The roots, every process that bears the mark, and what they started; never another attempt's."""
-        marks = _marks(table)
-        waiting = [*roots, *(process for process in table if marks[process] == mark)]
+    def _family(table: Mapping[_Identity, int], roots: Iterable[_Identity], run_tag: str) -> set[_Identity]:
+        """The roots, every process that has the run tag, and what they started; never another attempt's."""
+        tags = _run_tags(table)
+        waiting = [*roots, *(process for process in table if tags[process] == run_tag)]
         found: set[_Identity] = set()
         while waiting:
             process = waiting.pop()
-            if process not in found and marks[process] in (None, mark):
+            if process not in found and tags[process] in (None, run_tag):
                 found.add(process)
                 waiting += [child for child, parent in table.items() if parent == process[0]]
         return found
+
+    def _own_children() -> set[_Identity]:
+        """What an earlier attempt left running with this process as its reaper; nearly always nothing."""
+        if not _HAS_PROC:  # where there is no subreaper either
+            return set()
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return set()
+        return {process for process, parent in _processes().items() if parent == os.getpid()}
 
     def _send(process: _Identity, number: int) -> None:
         """Signal a process unless its id has gone to another meanwhile."""
@@ -2407,16 +2470,20 @@ else:
             finally:
                 os.close(fd)
 
-    def _end_all(find: Callable[[], set[_Identity]], grace_s: float, patience_s: float = 10.0) -> bool:
-        """Ask processes to leave, then make them; False where some are still there."""
-        asked_until = time.monotonic() + grace_s
-        for process in sorted(find()) if grace_s else ():
+    def _ask_to_leave(find: Callable[[], set[_Identity]], grace_s: float) -> None:
+        """Send SIGTERM, and wait until all have gone or the grace is over."""
+        deadline = time.monotonic() + grace_s
+        for process in sorted(find()):
             # By id, so parents before their children: a shell hears of it before it misses the command
             # that it waits for, and can clean up.
             _send(process, signal.SIGTERM)
             _send(process, signal.SIGCONT)  # one that is stopped cannot hear
-        while time.monotonic() < asked_until and find():
+        while time.monotonic() < deadline and find():
             time.sleep(0.03)
+
+    def _end_all(find: Callable[[], set[_Identity]], timeout_s: float) -> bool:
+        """Kill processes, and what they start meanwhile; False where some are still there."""
+        deadline = time.monotonic() + timeout_s
         frozen: set[_Identity] = set()
         while members := find():
             # Freeze first, until nobody new appears: what forks as fast as we kill cannot get away.
@@ -2425,42 +2492,23 @@ else:
                 _send(process, signal.SIGSTOP if fresh else signal.SIGKILL)
             time.sleep(0 if fresh else 0.005)
             frozen |= members
-            if time.monotonic() > asked_until + patience_s:
+            if time.monotonic() > deadline:
                 return False
         return True
-
-    def _own_children() -> set[_Identity]:
-        """What an earlier attempt left running with this process as its reaper; nearly always nothing."""
-        if not _HAS_PROC:  # where there is no subreaper either
-            return set()
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return set()
-        return {process for process, parent in _processes().items() if parent == os.getpid()}
 
     class Process:
         """A command in a session of its own, whose orphans come to this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, stdin: int | None = None
-        ) -> None:
-            self._mark, self._spared = mark, _own_children()
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, run_tag: str,
+            stdin: int | None = None,
+        ) -> None:  # fmt: skip
+            self._run_tag, self._spared = run_tag, _own_children()
             self._exit: Exit | None = None
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
-            env[MARK] = mark
             os.chdir(cwd)  # the child begins where we are: posix_spawn has no such option
             try:
-                self._pid = os.posix_spawn(
-                    _program(words[0], env.get("PATH", os.defpath)), words, env,
-                    file_actions=[
-                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-                        if stdin is None else (os.POSIX_SPAWN_DUP2, stdin, 0),
-                        (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
-                        (os.POSIX_SPAWN_DUP2, 1, 2),
-                    ],
-                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
-                )  # fmt: skip
+                self._pid = _spawn(words, {**env, RUN_TAG: run_tag}, log, stdin)
             finally:
                 os.chdir("/")  # its file system can be unmounted
 
@@ -2475,14 +2523,29 @@ else:
         def _members(self) -> set[_Identity]:
             table = _processes()
             mine = {process for process, parent in table.items() if parent == os.getpid()}
-            return _family(table, mine - self._spared, self._mark)
+            return _family(table, mine - self._spared, self._run_tag)
 
         def end(self, grace_s: float) -> None:
             """End it and all that it started: SIGTERM, and after the grace SIGKILL."""
-            _end_all(self._members, grace_s)
+            if grace_s:
+                _ask_to_leave(self._members, grace_s)
+            _end_all(self._members, timeout_s=10.0)
 
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
+
+    def _spawn(words: list[str], env: Mapping[str, str], log: str, stdin: int | None) -> int:
+        """Start a program in a session of its own; its process id."""
+        return os.posix_spawn(
+            _program(words[0], env.get("PATH", os.defpath)), words, env,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+                if stdin is None else (os.POSIX_SPAWN_DUP2, stdin, 0),
+                (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
+        )  # fmt: skip
 
     def _exit_of(status: int, usage: Any) -> Exit:
         code = os.waitstatus_to_exitcode(status)
@@ -2497,6 +2560,19 @@ else:
 
         return shutil.which(word, path=path) or word
 
+    def end_leftovers(run_tag: str, log: str) -> bool:
+        """End what a dead worker's attempt left running; False where some of it is still there.
+
+        It is found by its run tag, and where that was cleared by the log that it holds open.
+        """
+
+        def find() -> set[_Identity]:
+            table = _processes()
+            writers = [process for process in table if _writes_to(process[0], log)]
+            return _family(table, writers, run_tag)
+
+        return _end_all(find, timeout_s=0.5)
+
     def memory_kills() -> int:
         """How many processes this system has ended for want of memory; only Linux tells (proc(5): vmstat)."""
         try:
@@ -2505,18 +2581,7 @@ else:
         except (OSError, IndexError):
             return 0
 
-    def end_leftovers(mark: str, log: str) -> bool:
-        """End what a dead worker's attempt left running; False where some of it is still there.
-
-        It is found by its mark, and where that was cleared by the log that it holds open.
-        """
-
-        def find() -> set[_Identity]:
-            table = _processes()
-            writers = [process for process in table if _writes_to(process[0], log)]
-            return _family(table, writers, mark)
-
-        return _end_all(find, 0, patience_s=0.5)
+    # ---- worker processes
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
@@ -2526,13 +2591,17 @@ else:
         for number in (signal.SIGCHLD, signal.SIGIO):  # the one rings the bell; the other says that a lease was broken
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked them
-        for fd in os.listdir("/dev/fd"):
+        for fd in _open_descriptors():
             with contextlib.suppress(OSError):
-                os.set_inheritable(int(fd), False)
+                os.set_inheritable(fd, False)
         pr_set_child_subreaper, m_trim_threshold = 36, -1
         with contextlib.suppress(AttributeError, OSError):  # Linux and its glibc have these alone
             _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
             _libc().mallopt(m_trim_threshold, 64 << 20)  # memory goes back and forth with every statement otherwise
+
+    def _open_descriptors() -> list[int]:
+        """The descriptors of this process, and one that has just been closed."""
+        return [int(name) for name in os.listdir("/dev/fd")]
 
     def _libc() -> Any:
         import ctypes
@@ -2544,6 +2613,19 @@ else:
 
         It is forked, so that workers share the memory of what has been imported before.
         """
+        _share_memory()
+        reader, writer = os.pipe()
+        if os.fork():
+            os.close(writer)
+            return os.fdopen(reader)
+        try:
+            _detach(writer)
+            serve()
+        finally:
+            os._exit(0)
+
+    def _share_memory() -> None:
+        """Import what workers need before they are forked, and keep collections from copying its pages."""
         import ctypes  # noqa: F401
         import gc
         import logging  # noqa: F401
@@ -2551,29 +2633,23 @@ else:
         import shutil  # noqa: F401
         import socket  # noqa: F401
 
-        gc.freeze()  # a collection in a worker would copy every page that it looks at
-        reader, writer = os.pipe()
-        if os.fork():
-            os.close(writer)
-            return os.fdopen(reader)
-        try:
-            os.setsid()
-            os.chdir("/")  # so that the file system it was started from can be unmounted
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd, target in ((null, 0), (writer, 1), (writer, 2)):
-                os.dup2(fd, target)
-            for fd in [fd for fd in map(int, os.listdir("/dev/fd")) if fd > 2]:
-                with contextlib.suppress(OSError):  # a lock that a script holds is not the worker's
-                    os.close(fd)
-            serve()
-        finally:
-            os._exit(0)
+        gc.freeze()
+
+    def _detach(output: int) -> None:
+        """Leave the session, the directory and the open files of whoever forked us."""
+        os.setsid()
+        os.chdir("/")  # so that the file system it was started from can be unmounted
+        for fd, target in ((os.open(os.devnull, os.O_RDWR), 0), (output, 1), (output, 2)):
+            os.dup2(fd, target)
+        for fd in filter(lambda fd: fd > 2, _open_descriptors()):
+            with contextlib.suppress(OSError):  # a lock that a script holds is not the worker's
+                os.close(fd)
 
     def leave_job(arguments: Sequence[str]) -> None:
-        """Start over without the mark of the job that starts this worker: it is not of that attempt."""
-        if os.environ.get(MARK, NO_ATTEMPT) != NO_ATTEMPT:
+        """Start over without the run tag of the job that starts this worker: it is not of that attempt."""
+        if os.environ.get(RUN_TAG, NO_ATTEMPT) != NO_ATTEMPT:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
-            os.execve(sys.executable, command, {**os.environ, MARK: NO_ATTEMPT})
+            os.execve(sys.executable, command, {**os.environ, RUN_TAG: NO_ATTEMPT})
 
 
 # ======================================================================== surroundings
@@ -3048,7 +3124,7 @@ class Worker:
             "QUEUECTL_SLOT": str(row.slot),
         }
         self._spool = Spool(home.spool(row.id)) if CAN_TELL_WHO_OPENS else None
-        self._turn = Turn(home)
+        self._turn = WriteGate(home)
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
         self._clock_ms = self._now() - time.monotonic() * 1000

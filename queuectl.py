@@ -16,7 +16,7 @@ What makes it right:
 2. A worker lives exactly as long as its bell has a listener, which the system ends with the
    process. Neither a process id nor elapsed time is ever taken for life or death.
 3. A dead worker's job is tried again only after what it left running has been ended, found by
-   the mark that each attempt carries in its environment, or by the log that it holds open.
+   the run tag that each attempt carries in its environment, or by the log that it holds open.
 4. A worker that cannot record a result keeps it and tries again; it never runs the command
    a second time for it.
 
@@ -62,16 +62,16 @@ import click
 
 __version__ = "1.0.0"
 
-POLL_S = 0.25  # how often a worker looks for what no bell told it
+POLL_S = 0.25  # fallback poll interval of a worker, for what no bell told it
 DUTY_S = 1.0  # how often a worker looks for workers that died
 HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 BUSY_TIMEOUT_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_BUSY_TIMEOUT_S = 5.0  # the same for a worker, which then tries again
-BUSY_PAUSES_S = (0.0002, 0.004)  # between two looks for a free lock: at first, and at most; it doubles
-TURN_S = 0.25  # how long a worker waits for its turn to write before it just tries
-PRUNE_PAUSE_S = 0.01  # between two transactions of `prune`: others get their turn
-WAIT_POLL_S = 0.02  # how often a command that waits looks
-FOLLOW_POLL_S = 0.1  # how often `logs --follow` looks for more
+BUSY_PAUSES_S = (0.0002, 0.004)  # between two tries for a busy lock: at first, and at most; it doubles
+WRITE_GATE_S = 0.25  # how long a worker waits at the write gate before it goes ahead
+PRUNE_PAUSE_S = 0.01  # between two transactions of `prune`, in which others write
+WAIT_POLL_S = 0.02  # poll interval of a command that waits
+FOLLOW_POLL_S = 0.1  # poll interval of `logs --follow`
 PAGE_BYTES = 2048  # a job's step changes six or seven pages, and the WAL takes them whole
 CHECKPOINT_CHANCE = 1 / 1500  # of a worker's steps: about 20 MB of the WAL, however many workers there are
 WORKER_CHECKPOINT_PAGES = 32_000  # of the WAL at which a checkpoint comes whatever chance says, in the middle of a step
@@ -309,7 +309,7 @@ class Job(NamedTuple):
     worker: int | None  # of the newest attempt
 
     @property
-    def mark(self) -> str:
+    def run_tag(self) -> str:
         """What tells this attempt from every other of this home, in any environment."""
         return f"{self.seq}.{self.started_at}"
 
@@ -925,34 +925,52 @@ def worker_counts(workers: Sequence[WorkerRow]) -> dict[str, int]:
     return {state: states.count(state) for state in WORKER_STATES}
 
 
-def status_lines(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
-                 cut_off: int) -> Iterator[str]:  # fmt: skip
+class Overview(NamedTuple):
+    """The state of a queue at one moment, as `status`, its JSON and Prometheus show it."""
+
+    counts: dict[State, int]
+    workers: list[WorkerRow]  # those that live
+    queues: list[QueueRow]
+    lost: int  # dead workers whose jobs nobody has recovered yet
+    recent_timeouts: int  # of the newest failed and dead jobs, those that their time-out ended
+
+
+def status_lines(seen: Overview) -> Iterator[str]:
     """What `status` prints: where the jobs are, who works, and what to do."""
-    for state, n in counts.items():
+    for state, n in seen.counts.items():
         yield f"{coloured(state.value, f'{state.value:11}')} {n}"
-    yield f"{'total':11} {sum(counts.values())}"
-    shown = ", ".join(f"{n} {state}" for state, n in worker_counts(workers).items() if n)
-    yield f"{'workers':11} {len(workers)}" + (f" ({shown})" if shown else "")
-    yield from hints(counts, workers, queues, lost, cut_off)
+    yield f"{'total':11} {sum(seen.counts.values())}"
+    shown = ", ".join(f"{n} {state}" for state, n in worker_counts(seen.workers).items() if n)
+    yield f"{'workers':11} {len(seen.workers)}" + (f" ({shown})" if shown else "")
+    yield from hints(seen)
 
 
-def hints(counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow], lost: int,
-          cut_off: int) -> Iterator[str]:  # fmt: skip
+def status_json(seen: Overview) -> dict[str, Any]:
+    """`status` as JSON."""
+    return {
+        "jobs": {state.value: n for state, n in seen.counts.items()},
+        "total": sum(seen.counts.values()),
+        "workers": {"total": len(seen.workers), **worker_counts(seen.workers)},
+        "paused": [row.name for row in seen.queues if row.paused],
+    }
+
+
+def hints(seen: Overview) -> Iterator[str]:
     """What stands in the way of the queue, each with the command that helps."""
-    if lost:
-        yield f"! {lost} dead worker(s) left jobs behind; a running worker sees to them: queuectl worker start"
-    staying = [row for row in workers if not row.stop]
-    if not staying and any(counts[state] for state in OPEN):
-        yield f"! {nobody_works(workers)}; start one: queuectl worker start"
-    for queue in queues:
+    if seen.lost:
+        yield f"! {seen.lost} dead worker(s) left jobs behind; a running worker recovers them: queuectl worker start"
+    staying = [row for row in seen.workers if not row.stop]
+    if not staying and any(seen.counts[state] for state in OPEN):
+        yield f"! {nobody_works(seen.workers)}; start one: queuectl worker start"
+    for queue in seen.queues:
         if queue.paused:
             yield f"! queue {queue.name} is paused; go on: queuectl queue resume {queue.name}"
         elif staying and any(queue.counts[s] for s in WAITING) and not any(row.takes(queue.name) for row in staying):
             yield f"! no worker takes queue {queue.name}: queuectl worker start --queue {queue.name}"
-    if cut_off:
-        yield f"! {cut_off} cut off by their time-out; raise it: queuectl config set job_timeout 10m"
-    if counts[State.DEAD]:
-        yield f"! {counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
+    if seen.recent_timeouts:
+        yield f"! {seen.recent_timeouts} cut off by their time-out; raise it: queuectl config set job_timeout 10m"
+    if seen.counts[State.DEAD]:
+        yield f"! {seen.counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
 
 
 def queue_json(row: QueueRow) -> dict[str, Any]:
@@ -974,18 +992,6 @@ def export_line(job: Job) -> str:
     """A job as a line that `enqueue -` reads back."""
     shown = {name: value for name, value in job_json(job).items() if name in FIELDS}
     return json.dumps({name: value for name, value in shown.items() if value is not None})
-
-
-def status_json(
-    counts: Mapping[State, int], workers: Sequence[WorkerRow], queues: Sequence[QueueRow]
-) -> dict[str, Any]:
-    """`status` as JSON."""
-    return {
-        "jobs": {state.value: n for state, n in counts.items()},
-        "total": sum(counts.values()),
-        "workers": {"total": len(workers), **worker_counts(workers)},
-        "paused": [row.name for row in queues if row.paused],
-    }
 
 
 def worker_json(row: WorkerRow) -> dict[str, Any]:
@@ -1054,18 +1060,16 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     yield f"Throughput: {'-' if speed is None else f'{speed:g} jobs/s'} over the newest completed jobs"
 
 
-def prometheus_lines(
-    queues: Sequence[QueueRow], workers: Sequence[WorkerRow], tallies: Mapping[str, float]
-) -> Iterator[str]:
+def prometheus_lines(seen: Overview, tallies: Mapping[str, float]) -> Iterator[str]:
     """The same for Prometheus, in its text exposition format."""
     yield "# HELP queuectl_jobs Jobs in each state."
     yield "# TYPE queuectl_jobs gauge"
-    for queue in queues:
+    for queue in seen.queues:
         for state, n in queue.counts.items():
             yield f'queuectl_jobs{{queue="{queue.name}",state="{state.value}"}} {n}'
     yield "# HELP queuectl_workers Workers in each state."
     yield "# TYPE queuectl_workers gauge"
-    yield from (f'queuectl_workers{{state="{state}"}} {n}' for state, n in worker_counts(workers).items())
+    yield from (f'queuectl_workers{{state="{state}"}} {n}' for state, n in worker_counts(seen.workers).items())
     yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
     yield "# TYPE queuectl_cpu_seconds_total counter"
     yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
@@ -2327,7 +2331,7 @@ def open_store(path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bo
 
 # ======================================================================== platform
 
-MARK = "QUEUECTL_RUN"  # the variable that tells whose a process is
+RUN_TAG = "QUEUECTL_RUN"  # the variable that holds the run tag: the attempt that a process belongs to
 NO_ATTEMPT = "worker"  # its value in a worker that was started from within a job
 
 
@@ -2368,7 +2372,7 @@ class Home(NamedTuple):
 
     @property
     def bells(self) -> str:
-        """The folder of the workers' bells."""
+        """The folder of the workers' bells. A bell wakes its worker, and is also its sign of life."""
         return os.path.join(self.path, "bells")
 
     def log(self, job: str) -> str:
@@ -2383,7 +2387,7 @@ class Home(NamedTuple):
         return os.path.join(self.logs, f".{worker}-{file_identity(self.database)[1]}")
 
     def bell(self, worker: int) -> str:
-        """The file by which a worker is woken, on systems where it is a file."""
+        """A worker's bell, on systems where it is a file."""
         return os.path.join(self.bells, str(worker))
 
     def is_there(self, database: tuple[int, int]) -> bool:
@@ -2400,6 +2404,30 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
+# What follows exists twice, once for Windows and once for POSIX, by the same names, parameters and order:
+#
+#   files
+#     refuse_if_shared     refuse a directory that somebody else can write to
+#     is_open_to_others    can anybody but the owner read or write a file?
+#     is_remote            is a path on another machine?
+#     open_log             open a file for appending
+#     CAN_TELL_WHO_OPENS   does `is_open_elsewhere` know? Workers use a spool only where it does
+#     is_open_elsewhere    may anybody else hold a file open? Windows always answers yes
+#   wake-up
+#     Bell                 what wakes a worker. The system ends it with its process, so it is also the sign of life
+#     ring                 wake a worker
+#     is_alive             does a worker listen to its bell?
+#   write gate
+#     WriteGate            lets the workers that want to write in, one after the other; does nothing on Windows
+#   processes
+#     Process              a command and all that it starts
+#     end_leftovers        end what a dead worker's attempt left running
+#     memory_kills         how many processes the system has ended for want of memory; 0 on Windows
+#   worker processes
+#     become_worker        make this process a worker: signals, descriptors, orphans
+#     start_detached       start a worker process that outlives its parent
+#     leave_job            take a worker that a job starts out of that job's attempt
+
 if sys.platform == "win32":
     import ctypes
     import msvcrt
@@ -2411,8 +2439,143 @@ if sys.platform == "win32":
     _kernel32.CreateEventW.restype = _kernel32.OpenEventW.restype = wintypes.HANDLE
     _kernel32.CreateJobObjectW.restype = _kernel32.OpenJobObjectW.restype = wintypes.HANDLE
     _kernel32.CreateFileW.restype = wintypes.HANDLE
-    _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
     _NO_SUCH_FILE = 2
+
+    def _must(result: Any) -> Any:
+        """What a system call gave; OSError with the reason where that is nothing."""
+        if result in (None, 0, wintypes.HANDLE(-1).value):
+            raise ctypes.WinError(ctypes.get_last_error())
+        return result
+
+    def _object_name(kind: str, of: str) -> str:
+        """The name of a system object, the same in every session of the machine."""
+        import hashlib
+
+        return f"Global\\queuectl-{kind}-{hashlib.sha256(os.path.normcase(of).encode()).hexdigest()[:32]}"
+
+    # ---- files
+
+    # Who is everybody, and what is writing, in the language of access lists (SDDL).
+    _EVERYBODY = re.compile(r"\(A;[^;]*;([^;]*);[^;]*;[^;]*;(?:WD|AU|BU|BG|IU|AN)\)")
+    _WRITING = re.compile(r"(?:..)*(?:DC|LC|DT|SD|WD|WO|GA|GW|FA|FW)")
+    _WRITING_BITS = 0x500D0046
+
+    def refuse_if_shared(directory: str) -> None:
+        """QueueError where everybody can write to a directory, as ssh does; one that is new is closed to them first."""
+        us = f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}:(OI)(CI)F"
+        if not os.listdir(directory):
+            _keep_for(us, directory)
+        for rights in _EVERYBODY.findall(_access_list(directory)):
+            bits = int(rights, 16) if rights.startswith("0x") else 0
+            if bits & _WRITING_BITS or _WRITING.match(rights):
+                close_it = f'icacls "{directory}" /inheritance:r /grant:r "{us}"'
+                raise QueueError(f"{directory} can be written to by others; run: {close_it}")
+
+    def _keep_for(us: str, directory: str) -> None:
+        """Take a directory from everybody but us and the system, where that works."""
+        icacls = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "icacls.exe")
+        close = [icacls, directory, "/inheritance:r", "/grant:r", us, "*S-1-5-18:(OI)(CI)F"]
+        with contextlib.suppress(OSError):
+            subprocess.run(close, capture_output=True, creationflags=subprocess.CREATE_NO_WINDOW)
+
+    def _access_list(path: str) -> str:
+        """Who may do what with a file, in SDDL; empty where the system does not tell."""
+        advapi32, who_may = ctypes.WinDLL("advapi32"), 0x4
+        size, text = wintypes.DWORD(), wintypes.LPWSTR()
+        advapi32.GetFileSecurityW(path, who_may, None, 0, ctypes.byref(size))
+        descriptor = ctypes.create_string_buffer(size.value)
+        if not advapi32.GetFileSecurityW(path, who_may, descriptor, size, ctypes.byref(size)):
+            return ""
+        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, 1, who_may, ctypes.byref(text), None)
+        try:
+            return text.value or ""
+        finally:
+            _kernel32.LocalFree(text)
+
+    def is_open_to_others(path: str) -> bool:
+        """Windows gives a profile's files to their owner."""
+        return False
+
+    def is_remote(path: str) -> bool:
+        """Is a path on another machine?"""
+        drive_remote = 4
+        drive = os.path.splitdrive(path)[0] + "\\"
+        return path.startswith("\\\\") or bool(_kernel32.GetDriveTypeW(drive) == drive_remote)
+
+    def open_log(path: str) -> int:
+        """A descriptor that appends, also in the processes that inherit it."""
+        append, share_all, open_always = 0x4, 0x7, 4
+        handle = _must(_kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None))
+        return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
+
+    CAN_TELL_WHO_OPENS = False
+
+    def is_open_elsewhere(fd: int) -> bool:
+        """May anybody else hold the file of a descriptor open? Nobody tells."""
+        return True
+
+    # ---- wake-up
+
+    class Bell:
+        """A named event: it exists as long as the worker that listens, which the system sees to."""
+
+        def __init__(self, home: Home, worker: int) -> None:
+            self._event = _must(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
+
+        def wait(self, timeout_s: float, process: Process | None = None) -> bool:
+            """Sleep until somebody rings (True), the process ends, or the time is over."""
+            handles = [self._event] + ([process.handle] if process else [])
+            array = (wintypes.HANDLE * len(handles))(*handles)
+            ms = max(0, math.ceil(timeout_s * 1000))
+            return bool(_kernel32.WaitForMultipleObjects(len(handles), array, False, ms) == 0)
+
+        def close(self) -> None:
+            """Listen no more."""
+            _kernel32.CloseHandle(self._event)
+
+    def ring(home: Home, worker: int) -> bool:
+        """Wake a worker; False where nobody listens any more."""
+        return _with_event(home, worker, True)
+
+    def is_alive(home: Home, worker: int) -> bool:
+        """Does a worker listen to its bell?"""
+        return _with_event(home, worker, False)
+
+    def _with_event(home: Home, worker: int, ring: bool) -> bool:
+        event_modify_state = 0x2
+        event = _kernel32.OpenEventW(event_modify_state, False, _event_name(home, worker))
+        if not event:
+            return ctypes.get_last_error() != _NO_SUCH_FILE  # any other trouble is ours, not its death
+        if ring:
+            _kernel32.SetEvent(event)
+        _kernel32.CloseHandle(event)
+        return True
+
+    def _event_name(home: Home, worker: int) -> str:
+        return _object_name("bell", f"{worker}@{home.path}")
+
+    # ---- write gate
+
+    class WriteGate:
+        """Workers that want to write at the same time: here each tries until it may."""
+
+        def __init__(self, home: Home) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def close(self) -> None:
+            """Nothing is held."""
+
+    # ---- processes
+
+    _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
+    # A hidden console of its own: no window, and no Ctrl-C that is meant for somebody else.
+    _HIDDEN = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
     _KILL_ON_JOB_CLOSE, _BREAKAWAY_OK = 0x2000, 0x800
     _JOB_SET, _JOB_QUERY, _JOB_TERMINATE = 0x2, 0x4, 0x8  # rights to a job object
     _EXTENDED_LIMITS, _ACCOUNTING = 9, 1  # information classes of a job object
@@ -2446,105 +2609,6 @@ if sys.platform == "win32":
             ("terminated", wintypes.DWORD),
         ]
 
-    def _must(result: Any) -> Any:
-        """What a system call gave; OSError with the reason where that is nothing."""
-        if result in (None, 0, wintypes.HANDLE(-1).value):
-            raise ctypes.WinError(ctypes.get_last_error())
-        return result
-
-    def _object_name(kind: str, of: str) -> str:
-        """The name of a system object, the same in every session of the machine."""
-        import hashlib
-
-        return f"Global\\queuectl-{kind}-{hashlib.sha256(os.path.normcase(of).encode()).hexdigest()[:32]}"
-
-    # Who is everybody, and what is writing, in the language of access lists (SDDL).
-    _EVERYBODY = re.compile(r"\(A;[^;]*;([^;]*);[^;]*;[^;]*;(?:WD|AU|BU|BG|IU|AN)\)")
-    _WRITING = re.compile(r"(?:..)*(?:DC|LC|DT|SD|WD|WO|GA|GW|FA|FW)")
-    _WRITING_BITS = 0x500D0046
-
-    def refuse_if_shared(directory: str) -> None:
-        """QueueError where everybody can write to a directory, as ssh does; one that is new is closed to them first."""
-        us = f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}:(OI)(CI)F"
-        if not os.listdir(directory):
-            icacls = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "icacls.exe")
-            close = [icacls, directory, "/inheritance:r", "/grant:r", us, "*S-1-5-18:(OI)(CI)F"]
-            with contextlib.suppress(OSError):
-                subprocess.run(close, capture_output=True, creationflags=subprocess.CREATE_NO_WINDOW)
-        for rights in _EVERYBODY.findall(_access_list(directory)):
-            bits = int(rights, 16) if rights.startswith("0x") else 0
-            if bits & _WRITING_BITS or _WRITING.match(rights):
-                close_it = f'icacls "{directory}" /inheritance:r /grant:r "{us}"'
-                raise QueueError(f"{directory} can be written to by others; run: {close_it}")
-
-    def _access_list(path: str) -> str:
-        """Who may do what with a file, in SDDL; empty where the system does not tell."""
-        advapi32, who_may = ctypes.WinDLL("advapi32"), 0x4
-        size, text = wintypes.DWORD(), wintypes.LPWSTR()
-        advapi32.GetFileSecurityW(path, who_may, None, 0, ctypes.byref(size))
-        descriptor = ctypes.create_string_buffer(size.value)
-        if not advapi32.GetFileSecurityW(path, who_may, descriptor, size, ctypes.byref(size)):
-            return ""
-        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, 1, who_may, ctypes.byref(text), None)
-        try:
-            return text.value or ""
-        finally:
-            _kernel32.LocalFree(text)
-
-    def is_open_to_others(path: str) -> bool:
-        """Windows gives a profile's files to their owner."""
-        return False
-
-    def is_remote(path: str) -> bool:
-        """Is a path on another machine?"""
-        drive_remote = 4
-        drive = os.path.splitdrive(path)[0] + "\\"
-        return path.startswith("\\\\") or bool(_kernel32.GetDriveTypeW(drive) == drive_remote)
-
-    def open_log(path: str) -> int:
-        """A descriptor that appends, also in the processes that inherit it."""
-        append, share_all, open_always = 0x4, 0x7, 4
-        handle = _must(_kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None))
-        return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
-
-    def _event_name(home: Home, worker: int) -> str:
-        return _object_name("bell", f"{worker}@{home.path}")
-
-    class Bell:
-        """A named event: it exists as long as the worker that listens, which the system sees to."""
-
-        def __init__(self, home: Home, worker: int) -> None:
-            self._event = _must(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
-
-        def wait(self, timeout_s: float, process: Process | None = None) -> bool:
-            """Sleep until somebody rings (True), the process ends, or the time is over."""
-            handles = [self._event] + ([process.handle] if process else [])
-            array = (wintypes.HANDLE * len(handles))(*handles)
-            ms = max(0, math.ceil(timeout_s * 1000))
-            return bool(_kernel32.WaitForMultipleObjects(len(handles), array, False, ms) == 0)
-
-        def close(self) -> None:
-            """Listen no more."""
-            _kernel32.CloseHandle(self._event)
-
-    def _with_event(home: Home, worker: int, ring: bool) -> bool:
-        event_modify_state = 0x2
-        event = _kernel32.OpenEventW(event_modify_state, False, _event_name(home, worker))
-        if not event:
-            return ctypes.get_last_error() != _NO_SUCH_FILE  # any other trouble is ours, not its death
-        if ring:
-            _kernel32.SetEvent(event)
-        _kernel32.CloseHandle(event)
-        return True
-
-    def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens any more."""
-        return _with_event(home, worker, True)
-
-    def is_alive(home: Home, worker: int) -> bool:
-        """Does a worker listen to its bell?"""
-        return _with_event(home, worker, False)
-
     def _limit(job: int, flags: int) -> None:
         """Say what holds for the processes of a job object, and for its end."""
         limits = _Limits(flags=flags)
@@ -2555,9 +2619,23 @@ if sys.platform == "win32":
         size = ctypes.sizeof(into)
         _kernel32.QueryInformationJobObject(wintypes.HANDLE(job), kind, ctypes.byref(into), size, None)
 
-    def _end_job(job: int, busy_timeout_s: float = 10.0) -> bool:
+    def _new_job(run_tag: str) -> int:
+        """A job object named by a run tag; one without a name where that name is taken, which is not ours."""
+        already_exists = 183
+        job = _must(_kernel32.CreateJobObjectW(None, _object_name("job", run_tag)))
+        if ctypes.get_last_error() == already_exists:
+            _kernel32.CloseHandle(wintypes.HANDLE(job))
+            job = _must(_kernel32.CreateJobObjectW(None, None))
+        return int(job)
+
+    def _open_job(run_tag: str, rights: int) -> int | None:
+        """The job object of an attempt, which has its name as long as its worker lives; None where it is gone."""
+        handle = _kernel32.OpenJobObjectW(rights, False, _object_name("job", run_tag))
+        return int(handle) if handle else None
+
+    def _end_job(job: int, timeout_s: float = 10.0) -> bool:
         """End every process of a job object; False where some are still there."""
-        deadline = time.monotonic() + busy_timeout_s
+        deadline = time.monotonic() + timeout_s
         used = _Accounting(active=1)
         while used.active and time.monotonic() < deadline:
             _kernel32.TerminateJobObject(wintypes.HANDLE(job), 1)
@@ -2565,40 +2643,19 @@ if sys.platform == "win32":
             time.sleep(0.005 if used.active else 0)
         return not used.active
 
-    def _new_job(mark: str) -> int:
-        """A job object that bears an attempt's name; no name where one of that name is there, which is not ours."""
-        already_exists = 183
-        job = _must(_kernel32.CreateJobObjectW(None, _object_name("job", mark)))
-        if ctypes.get_last_error() == already_exists:
-            _kernel32.CloseHandle(wintypes.HANDLE(job))
-            job = _must(_kernel32.CreateJobObjectW(None, None))
-        return int(job)
-
-    def _open_job(mark: str, rights: int) -> int | None:
-        """The job object of an attempt, which has its name as long as its worker lives; None where it is gone."""
-        handle = _kernel32.OpenJobObjectW(rights, False, _object_name("job", mark))
-        return int(handle) if handle else None
-
     class Process:
         """A command in a job object of its own, which dies with this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, stdin: int | None = None
-        ) -> None:
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, run_tag: str,
+            stdin: int | None = None,
+        ) -> None:  # fmt: skip
             line = _shell_line(command) if isinstance(command, str) else [_program(command[0], cwd, env), *command[1:]]
-            env[MARK] = mark
-            spelled = {name.upper(): (name, value) for name, value in env.items()}
-            self._job = _new_job(mark)
+            self._job = _new_job(run_tag)
             try:
                 _limit(self._job, _KILL_ON_JOB_CLOSE)
                 with os.fdopen(open_log(log), "ab") as output:
-                    self._popen = subprocess.Popen(
-                        line, cwd=cwd, env=dict(spelled.values()),
-                        stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output, stderr=output,
-                        # A hidden console of its own: no window, and no Ctrl-C that is meant for the worker.
-                        creationflags=subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-                        | _CREATE_SUSPENDED,
-                    )  # fmt: skip
+                    self._popen = _start_suspended(line, cwd, {**env, RUN_TAG: run_tag}, stdin, output)
                 self.handle = int(self._popen._handle)  # type: ignore[attr-defined]
                 self._resume()
             except BaseException:
@@ -2635,6 +2692,17 @@ if sys.platform == "win32":
                 _limit(self._job, 0)
             _kernel32.CloseHandle(wintypes.HANDLE(self._job))
 
+    def _start_suspended(
+        line: str | list[str], cwd: str, env: Mapping[str, str], stdin: int | None, output: BinaryIO
+    ) -> subprocess.Popen[bytes]:
+        """A process that has not begun; of variables that differ in case alone, the last one counts."""
+        spelled = {name.upper(): (name, value) for name, value in env.items()}
+        return subprocess.Popen(
+            line, cwd=cwd, env=dict(spelled.values()),
+            stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output, stderr=output,
+            creationflags=_HIDDEN | _CREATE_SUSPENDED,
+        )  # fmt: skip
+
     def _shell_line(command: str) -> str:
         """The command line by which cmd.exe runs a line as it is: /s takes off just the outer quotes."""
         if "\n" in command.strip():
@@ -2653,43 +2721,24 @@ if sys.platform == "win32":
                     return path
         return word
 
-    def memory_kills() -> int:
-        """How many processes this system has ended for want of memory: Windows refuses memory, and ends none."""
-        return 0
-
-    def end_leftovers(mark: str, log: str) -> bool:
+    def end_leftovers(run_tag: str, log: str) -> bool:
         """End what a dead worker's attempt left running; False where some of it is still there.
 
         The system ends it with the worker; here we only wait until it has.
         """
-        job = _open_job(mark, _JOB_QUERY | _JOB_TERMINATE)
+        job = _open_job(run_tag, _JOB_QUERY | _JOB_TERMINATE)
         if job is None:
             return ctypes.get_last_error() == _NO_SUCH_FILE
         try:
-            return _end_job(job, busy_timeout_s=2.0)
+            return _end_job(job, timeout_s=2.0)
         finally:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
 
-    CAN_TELL_WHO_OPENS = False
+    def memory_kills() -> int:
+        """How many processes this system has ended for want of memory: Windows refuses memory, and ends none."""
+        return 0
 
-    def is_open_elsewhere(fd: int) -> bool:
-        """May anybody else hold the file of a descriptor open? Nobody tells."""
-        return True
-
-    class Turn:
-        """Workers that want to write at the same time: here each tries until it may."""
-
-        def __init__(self, home: Home) -> None:
-            pass
-
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def close(self) -> None:
-            """Nothing is held."""
+    # ---- worker processes
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
@@ -2701,38 +2750,33 @@ if sys.platform == "win32":
 
         It lives at the root: a directory that a process lives in can neither be moved nor removed.
         """
-        root = os.path.splitdrive(home.path)[0] + "\\"
-        hidden = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
-        for flags in (hidden | _BREAKAWAY, hidden):
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), *arguments], cwd=root, creationflags=flags,
-                    env={**os.environ, "QUEUECTL_HOME": home.path}, text=True, errors="replace",
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-                break
-            except PermissionError:  # the job object that holds us lets nobody go
-                if flags == hidden:
-                    raise
+        try:
+            process = _start_worker(home, arguments, _HIDDEN | _BREAKAWAY)
+        except PermissionError:  # the job object that holds us lets nobody go
+            process = _start_worker(home, arguments, _HIDDEN)
         process.returncode = 0  # it is meant to outlive us
         return cast(TextIO, process.stdout)
 
+    def _start_worker(home: Home, arguments: Sequence[str], flags: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), *arguments], cwd=os.path.splitdrive(home.path)[0] + "\\",
+            env={**os.environ, "QUEUECTL_HOME": home.path}, text=True, errors="replace", creationflags=flags,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
     def leave_job(arguments: Sequence[str]) -> None:
         """Let the workers that a job starts leave the job object of its attempt."""
-        job = _open_job(os.environ.get(MARK, NO_ATTEMPT), _JOB_SET)
+        job = _open_job(os.environ.get(RUN_TAG, NO_ATTEMPT), _JOB_SET)
         if job is not None:
             _limit(job, _KILL_ON_JOB_CLOSE | _BREAKAWAY_OK)
             _kernel32.CloseHandle(wintypes.HANDLE(job))
-        os.environ[MARK] = NO_ATTEMPT
+        os.environ[RUN_TAG] = NO_ATTEMPT
 
 else:
     import fcntl
     import select
 
-    _RING = b"\0"  # never the number of a signal
-    _Identity = tuple[int, str]  # a process id and when that process started
-    _HAS_PROC = os.path.isdir("/proc/self/fd")  # Linux; elsewhere `ps` tells what it can
-    _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
+    # ---- files
 
     def refuse_if_shared(directory: str) -> None:
         """QueueError where somebody else can write to a directory, as ssh does."""
@@ -2778,46 +2822,9 @@ else:
             return True
         return False
 
-    class Turn:
-        """Workers that want to write at the same time queue up: the system wakes one after the other.
+    # ---- wake-up
 
-        It is a courtesy that saves them from trying again and again. The database has its own lock; so who waits
-        for long, since whoever has the turn was stopped or has to wait too, goes ahead.
-        """
-
-        def __init__(self, home: Home) -> None:
-            self._fd = os.open(home.bells, os.O_RDONLY)
-            self._is_waiting = False
-            signal.signal(signal.SIGALRM, self._stop_waiting)
-
-        def __enter__(self) -> None:
-            with contextlib.suppress(OSError):  # TimeoutError is one, and a file system without such locks gives one
-                try:
-                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._wait()
-
-        def _wait(self) -> None:
-            self._is_waiting = True
-            try:
-                signal.setitimer(signal.ITIMER_REAL, TURN_S, TURN_S)  # again and again: one may come before the wait
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
-            finally:
-                self._is_waiting = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
-
-        def _stop_waiting(self, *_: object) -> None:
-            if self._is_waiting:
-                self._is_waiting = False
-                raise TimeoutError
-
-        def __exit__(self, *_: object) -> None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-        def close(self) -> None:
-            """Queue up no more."""
-            os.close(self._fd)
+    _RING = b"\0"  # never the number of a signal
 
     class Bell:
         """A FIFO: it has a reader as long as its worker lives, which the system sees to.
@@ -2851,6 +2858,14 @@ else:
                     remove_file(self._path)
             os.close(self._fd)
 
+    def ring(home: Home, worker: int) -> bool:
+        """Wake a worker; False where nobody listens any more."""
+        return _with_fifo(home, worker, _RING)
+
+    def is_alive(home: Home, worker: int) -> bool:
+        """Does a worker listen to its bell?"""
+        return _with_fifo(home, worker, b"")
+
     def _with_fifo(home: Home, worker: int, message: bytes) -> bool:
         try:
             fd = os.open(home.bell(worker), os.O_WRONLY | os.O_NONBLOCK)
@@ -2863,21 +2878,55 @@ else:
         os.close(fd)
         return True
 
-    def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens any more."""
-        return _with_fifo(home, worker, _RING)
+    # ---- write gate
 
-    def is_alive(home: Home, worker: int) -> bool:
-        """Does a worker listen to its bell?"""
-        return _with_fifo(home, worker, b"")
+    class WriteGate:
+        """Workers that want to write at the same time queue up: the system wakes one after the other.
 
-    def _ps(*options: str) -> list[str]:
-        """What `ps` says, a line a process."""
-        import subprocess
+        The gate saves them from trying again and again. It protects nothing: the database has its own lock. So a
+        worker that waits for long, because the one inside was stopped or has to wait too, goes ahead.
+        """
 
-        with subprocess.Popen(["ps", *options], stdout=subprocess.PIPE) as ps:
-            lines = cast(IO[bytes], ps.stdout).read().decode(errors="replace").splitlines()
-        return [line for line in lines if line.split(None, 1)[0] != str(ps.pid)]  # without itself
+        def __init__(self, home: Home) -> None:
+            self._fd = os.open(home.bells, os.O_RDONLY)
+            self._is_waiting = False
+            signal.signal(signal.SIGALRM, self._stop_waiting)
+
+        def __enter__(self) -> None:
+            with contextlib.suppress(OSError):  # TimeoutError is one, and a file system without such locks gives one
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._wait()
+
+        def _wait(self) -> None:
+            self._is_waiting = True
+            try:
+                # Again and again: the first may come before the wait.
+                signal.setitimer(signal.ITIMER_REAL, WRITE_GATE_S, WRITE_GATE_S)
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            finally:
+                self._is_waiting = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+        def _stop_waiting(self, *_: object) -> None:
+            if self._is_waiting:
+                self._is_waiting = False
+                raise TimeoutError
+
+        def __exit__(self, *_: object) -> None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+        def close(self) -> None:
+            """Let go of the gate for good."""
+            os.close(self._fd)
+
+    # ---- processes
+
+    _Identity = tuple[int, str]  # a process id and when that process started
+    _HAS_PROC = os.path.isdir("/proc/self/fd")  # Linux; elsewhere `ps` tells what it can
+    _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
 
     def _processes() -> dict[_Identity, int]:
         """Every process that has not ended, and its parent's id."""
@@ -2901,19 +2950,27 @@ else:
             fields = file.read().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[1]), fields[19].decode()
 
-    def _marks(table: Iterable[_Identity]) -> dict[_Identity, str | None]:
-        """The mark in the environment that each process was started with; None where it cleared it."""
+    def _ps(*options: str) -> list[str]:
+        """What `ps` says, a line a process."""
+        import subprocess
+
+        with subprocess.Popen(["ps", *options], stdout=subprocess.PIPE) as ps:
+            lines = cast(IO[bytes], ps.stdout).read().decode(errors="replace").splitlines()
+        return [line for line in lines if line.split(None, 1)[0] != str(ps.pid)]  # without itself
+
+    def _run_tags(table: Iterable[_Identity]) -> dict[_Identity, str | None]:
+        """The run tag in the environment that each process was started with; None where it was cleared."""
         if _HAS_PROC:
-            return {process: _mark_of(process[0]) for process in table}
+            return {process: _run_tag_of(process[0]) for process in table}
         found = {}
         for line in _ps("-axEwwo", "pid=,command="):
             pid, _, rest = line.strip().partition(" ")
-            found[int(pid)] = next(iter(re.findall(rf" {MARK}=(\S+)", rest)), None)
+            found[int(pid)] = next(iter(re.findall(rf" {RUN_TAG}=(\S+)", rest)), None)
         return {process: found.get(process[0]) for process in table}
 
-    def _mark_of(pid: int) -> str | None:
+    def _run_tag_of(pid: int) -> str | None:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            _, found, rest = (b"\0" + file.read()).partition(f"\0{MARK}=".encode())
+            _, found, rest = (b"\0" + file.read()).partition(f"\0{RUN_TAG}=".encode())
             return os.fsdecode(rest.partition(b"\0")[0]) if found else None
         return None
 
@@ -2926,17 +2983,27 @@ else:
                     return True
         return False
 
-    def _family(table: Mapping[_Identity, int], roots: Iterable[_Identity], mark: str) -> set[_Identity]:
-        """The roots, every process that bears the mark, and what they started; never another attempt's."""
-        marks = _marks(table)
-        waiting = [*roots, *(process for process in table if marks[process] == mark)]
+    def _family(table: Mapping[_Identity, int], roots: Iterable[_Identity], run_tag: str) -> set[_Identity]:
+        """The roots, every process that has the run tag, and what they started; never another attempt's."""
+        tags = _run_tags(table)
+        waiting = [*roots, *(process for process in table if tags[process] == run_tag)]
         found: set[_Identity] = set()
         while waiting:
             process = waiting.pop()
-            if process not in found and marks[process] in (None, mark):
+            if process not in found and tags[process] in (None, run_tag):
                 found.add(process)
                 waiting += [child for child, parent in table.items() if parent == process[0]]
         return found
+
+    def _own_children() -> set[_Identity]:
+        """What an earlier attempt left running with this process as its reaper; nearly always nothing."""
+        if not _HAS_PROC:  # where there is no subreaper either
+            return set()
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return set()
+        return {process for process, parent in _processes().items() if parent == os.getpid()}
 
     def _send(process: _Identity, number: int) -> None:
         """Signal a process unless its id has gone to another meanwhile."""
@@ -2952,16 +3019,20 @@ else:
             finally:
                 os.close(fd)
 
-    def _end_all(find: Callable[[], set[_Identity]], grace_s: float, busy_timeout_s: float = 10.0) -> bool:
-        """Ask processes to leave, then make them; False where some are still there."""
-        asked_until = time.monotonic() + grace_s
-        for process in sorted(find()) if grace_s else ():
+    def _ask_to_leave(find: Callable[[], set[_Identity]], grace_s: float) -> None:
+        """Send SIGTERM, and wait until all have gone or the grace is over."""
+        deadline = time.monotonic() + grace_s
+        for process in sorted(find()):
             # By id, so parents before their children: a shell hears of it before it misses the command
             # that it waits for, and can clean up.
             _send(process, signal.SIGTERM)
             _send(process, signal.SIGCONT)  # one that is stopped cannot hear
-        while time.monotonic() < asked_until and find():
+        while time.monotonic() < deadline and find():
             time.sleep(0.03)
+
+    def _end_all(find: Callable[[], set[_Identity]], timeout_s: float) -> bool:
+        """Kill processes, and what they start meanwhile; False where some are still there."""
+        deadline = time.monotonic() + timeout_s
         frozen: set[_Identity] = set()
         while members := find():
             # Freeze first, until nobody new appears: what forks as fast as we kill cannot get away.
@@ -2970,42 +3041,23 @@ else:
                 _send(process, signal.SIGSTOP if fresh else signal.SIGKILL)
             time.sleep(0 if fresh else 0.005)
             frozen |= members
-            if time.monotonic() > asked_until + busy_timeout_s:
+            if time.monotonic() > deadline:
                 return False
         return True
-
-    def _own_children() -> set[_Identity]:
-        """What an earlier attempt left running with this process as its reaper; nearly always nothing."""
-        if not _HAS_PROC:  # where there is no subreaper either
-            return set()
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return set()
-        return {process for process, parent in _processes().items() if parent == os.getpid()}
 
     class Process:
         """A command in a session of its own, whose orphans come to this process."""
 
         def __init__(
-            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, mark: str, stdin: int | None = None
-        ) -> None:
-            self._mark, self._spared = mark, _own_children()
+            self, command: str | list[str], cwd: str, env: dict[str, str], log: str, run_tag: str,
+            stdin: int | None = None,
+        ) -> None:  # fmt: skip
+            self._run_tag, self._spared = run_tag, _own_children()
             self._exit: Exit | None = None
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
-            env[MARK] = mark
             os.chdir(cwd)  # the child begins where we are: posix_spawn has no such option
             try:
-                self._pid = os.posix_spawn(
-                    _program(words[0], env.get("PATH", os.defpath)), words, env,
-                    file_actions=[
-                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-                        if stdin is None else (os.POSIX_SPAWN_DUP2, stdin, 0),
-                        (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
-                        (os.POSIX_SPAWN_DUP2, 1, 2),
-                    ],
-                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
-                )  # fmt: skip
+                self._pid = _spawn(words, {**env, RUN_TAG: run_tag}, log, stdin)
             finally:
                 os.chdir("/")  # its file system can be unmounted
 
@@ -3020,14 +3072,29 @@ else:
         def _members(self) -> set[_Identity]:
             table = _processes()
             mine = {process for process, parent in table.items() if parent == os.getpid()}
-            return _family(table, mine - self._spared, self._mark)
+            return _family(table, mine - self._spared, self._run_tag)
 
         def end(self, grace_s: float) -> None:
             """End it and all that it started: SIGTERM, and after the grace SIGKILL."""
-            _end_all(self._members, grace_s)
+            if grace_s:
+                _ask_to_leave(self._members, grace_s)
+            _end_all(self._members, timeout_s=10.0)
 
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
+
+    def _spawn(words: list[str], env: Mapping[str, str], log: str, stdin: int | None) -> int:
+        """Start a program in a session of its own; its process id."""
+        return os.posix_spawn(
+            _program(words[0], env.get("PATH", os.defpath)), words, env,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+                if stdin is None else (os.POSIX_SPAWN_DUP2, stdin, 0),
+                (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
+        )  # fmt: skip
 
     def _exit_of(status: int, usage: Any) -> Exit:
         code = os.waitstatus_to_exitcode(status)
@@ -3042,6 +3109,19 @@ else:
 
         return shutil.which(word, path=path) or word
 
+    def end_leftovers(run_tag: str, log: str) -> bool:
+        """End what a dead worker's attempt left running; False where some of it is still there.
+
+        It is found by its run tag, and where that was cleared by the log that it holds open.
+        """
+
+        def find() -> set[_Identity]:
+            table = _processes()
+            writers = [process for process in table if _writes_to(process[0], log)]
+            return _family(table, writers, run_tag)
+
+        return _end_all(find, timeout_s=0.5)
+
     def memory_kills() -> int:
         """How many processes this system has ended for want of memory; only Linux tells (proc(5): vmstat)."""
         try:
@@ -3050,18 +3130,7 @@ else:
         except (OSError, IndexError):
             return 0
 
-    def end_leftovers(mark: str, log: str) -> bool:
-        """End what a dead worker's attempt left running; False where some of it is still there.
-
-        It is found by its mark, and where that was cleared by the log that it holds open.
-        """
-
-        def find() -> set[_Identity]:
-            table = _processes()
-            writers = [process for process in table if _writes_to(process[0], log)]
-            return _family(table, writers, mark)
-
-        return _end_all(find, 0, busy_timeout_s=0.5)
+    # ---- worker processes
 
     def become_worker(on_stop: Callable[[], None]) -> None:
         """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
@@ -3071,13 +3140,17 @@ else:
         for number in (signal.SIGCHLD, signal.SIGIO):  # the one rings the bell; the other says that a lease was broken
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked them
-        for fd in os.listdir("/dev/fd"):
+        for fd in _open_descriptors():
             with contextlib.suppress(OSError):
-                os.set_inheritable(int(fd), False)
+                os.set_inheritable(fd, False)
         pr_set_child_subreaper, m_trim_threshold = 36, -1
         with contextlib.suppress(AttributeError, OSError):  # Linux and its glibc have these alone
             _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
             _libc().mallopt(m_trim_threshold, 64 << 20)  # memory goes back and forth with every statement otherwise
+
+    def _open_descriptors() -> list[int]:
+        """The descriptors of this process, and one that has just been closed."""
+        return [int(name) for name in os.listdir("/dev/fd")]
 
     def _libc() -> Any:
         import ctypes
@@ -3089,6 +3162,19 @@ else:
 
         It is forked, so that workers share the memory of what has been imported before.
         """
+        _share_memory()
+        reader, writer = os.pipe()
+        if os.fork():
+            os.close(writer)
+            return os.fdopen(reader)
+        try:
+            _detach(writer)
+            serve()
+        finally:
+            os._exit(0)
+
+    def _share_memory() -> None:
+        """Import what workers need before they are forked, and keep collections from copying its pages."""
         import ctypes  # noqa: F401
         import gc
         import logging  # noqa: F401
@@ -3096,29 +3182,23 @@ else:
         import shutil  # noqa: F401
         import socket  # noqa: F401
 
-        gc.freeze()  # a collection in a worker would copy every page that it looks at
-        reader, writer = os.pipe()
-        if os.fork():
-            os.close(writer)
-            return os.fdopen(reader)
-        try:
-            os.setsid()
-            os.chdir("/")  # so that the file system it was started from can be unmounted
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd, target in ((null, 0), (writer, 1), (writer, 2)):
-                os.dup2(fd, target)
-            for fd in [fd for fd in map(int, os.listdir("/dev/fd")) if fd > 2]:
-                with contextlib.suppress(OSError):  # a lock that a script holds is not the worker's
-                    os.close(fd)
-            serve()
-        finally:
-            os._exit(0)
+        gc.freeze()
+
+    def _detach(output: int) -> None:
+        """Leave the session, the directory and the open files of whoever forked us."""
+        os.setsid()
+        os.chdir("/")  # so that the file system it was started from can be unmounted
+        for fd, target in ((os.open(os.devnull, os.O_RDWR), 0), (output, 1), (output, 2)):
+            os.dup2(fd, target)
+        for fd in filter(lambda fd: fd > 2, _open_descriptors()):
+            with contextlib.suppress(OSError):  # a lock that a script holds is not the worker's
+                os.close(fd)
 
     def leave_job(arguments: Sequence[str]) -> None:
-        """Start over without the mark of the job that starts this worker: it is not of that attempt."""
-        if os.environ.get(MARK, NO_ATTEMPT) != NO_ATTEMPT:
+        """Start over without the run tag of the job that starts this worker: it is not of that attempt."""
+        if os.environ.get(RUN_TAG, NO_ATTEMPT) != NO_ATTEMPT:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
-            os.execve(sys.executable, command, {**os.environ, MARK: NO_ATTEMPT})
+            os.execve(sys.executable, command, {**os.environ, RUN_TAG: NO_ATTEMPT})
 
 
 # ======================================================================== home
@@ -3218,6 +3298,22 @@ def make_private_file(path: str) -> None:
 def now_ms() -> int:
     """The time of day in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
+
+
+class Clock:
+    """Time and chance as a worker sees them; a test gives its own."""
+
+    def now_ms(self) -> int:
+        """The time of day in milliseconds since 1970."""
+        return now_ms()
+
+    def monotonic_s(self) -> float:
+        """Seconds that nobody sets."""
+        return time.monotonic()
+
+    def chance(self) -> float:
+        """A number from 0 to 1: fair enough to spread retries and checkpoints."""
+        return time.perf_counter_ns() % 999_983 / 999_983
 
 
 def own_pid() -> int:
@@ -3491,7 +3587,7 @@ def start_failure(error: OSError | ValueError, job: Job) -> Outcome:
 
 
 def run_attempt(
-    job: Job, log_path: str, spool: Spool | None, env: dict[str, str], mark: str, settings: Settings, bell: Bell,
+    job: Job, log_path: str, spool: Spool | None, env: dict[str, str], run_tag: str, settings: Settings, bell: Bell,
     interrupted: Callable[[bool], EndReason | None],
 ) -> Outcome:  # fmt: skip
     """Run a job's command once, from start to outcome; `interrupted` says why it must end early."""
@@ -3501,7 +3597,7 @@ def run_attempt(
     except OSError as error:
         return Outcome(EndReason.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
     try:
-        process = Process(job.command, job.cwd, env, log.at, mark)
+        process = Process(job.command, job.cwd, env, log.at, run_tag)
     except (OSError, ValueError) as error:
         log.close()
         return start_failure(error, job)
@@ -3549,7 +3645,7 @@ def hook_for(state: State | None, settings: Settings) -> str:
     return settings.on_dead if state is State.DEAD else ""
 
 
-def run_hook(line: str, home: Home, env: dict[str, str], document: str, mark: str, bell: Bell) -> str | None:
+def run_hook(line: str, home: Home, env: dict[str, str], document: str, run_tag: str, bell: Bell) -> str | None:
     """Run a hook with a job as JSON on its standard input; what went wrong, if anything did."""
     import tempfile
 
@@ -3559,7 +3655,7 @@ def run_hook(line: str, home: Home, env: dict[str, str], document: str, mark: st
         with tempfile.TemporaryFile() as stdin:
             stdin.write(document.encode())
             stdin.seek(0)
-            process = Process(line, home.path, env, home.worker_log, mark, stdin.fileno())
+            process = Process(line, home.path, env, home.worker_log, run_tag, stdin.fileno())
         while not (exit := process.poll()) and time.monotonic() < deadline:
             bell.wait(min(POLL_S, deadline - time.monotonic()), process)
         if not exit:
@@ -3575,15 +3671,23 @@ def run_hook(line: str, home: Home, env: dict[str, str], document: str, mark: st
 # ======================================================================== worker
 
 
+class Duty:
+    """Something that a worker does now and then, whatever else it is at."""
+
+    def __init__(self, every_s: float, do: Callable[[], None]) -> None:
+        self.every_s, self.do = every_s, do
+        self.due_s = 0.0  # on the clock's monotonic scale: at once
+
+
 class Worker:
     """One worker: it claims a job, runs it, records what came of it, and begins again.
 
     Workers are equal peers. Each looks after the jobs of those that died.
     """
 
-    def __init__(self, home: Home, store: Store, row: WorkerRow, bell: Bell, say: Callable[[str], None],
-                 now: Callable[[], int] = now_ms) -> None:  # fmt: skip
-        self._home, self._store, self._row, self._bell, self._say, self._now = home, store, row, bell, say, now
+    def __init__(self, home: Home, store: Store, row: WorkerRow, bell: Bell, log: Callable[[str], None],
+                 clock: Clock) -> None:  # fmt: skip
+        self._home, self._store, self._row, self._bell, self._log, self._clock = home, store, row, bell, log, clock
         self._settings = Settings()
         self._hooks: list[tuple[str, str]] = []  # ids of jobs that have ended, and what is to run for them
         self._signals = 0  # how often it was told by a signal to leave
@@ -3593,14 +3697,20 @@ class Worker:
             "QUEUECTL_SLOT": str(row.slot),
         }
         self._spool = Spool(home.spool(row.id)) if CAN_TELL_WHO_OPENS else None
-        self._turn = Turn(home)
+        self._write_gate = WriteGate(home)
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
-        self._clock_ms = self._now() - time.monotonic() * 1000
-        self._seen = -1  # of the database, when the last claim began
-        self._look_at = self._tend_at = self._bury_at = 0.0  # by the monotonic clock
+        self._clock_offset_ms = self._offset_ms()
+        self._seen = -1  # `commits_seen` when the last claim began
+        self._next_poll_s = self._next_recovery_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
         self._memory_kills = 0
         self._complaint = ""
+        self._duties = [
+            Duty(DUTY_S, self._check_home),
+            Duty(DUTY_S, self._check_clock),
+            Duty(DUTY_S, self._note_memory_kills),
+            Duty(DUTY_S, self._recover_dead_workers),
+        ]
 
     def leave(self) -> None:
         """Told by a signal: once to finish the job and go, twice to give it back and go."""
@@ -3610,7 +3720,7 @@ class Worker:
         """Work until told to leave."""
         report: tuple[Job, Outcome] | None = None
         while True:
-            self._tend_if_time()
+            self._do_due_duties()
             while self._hooks:
                 self._run_hook(*self._hooks.pop(0))
             came_idle = report is None
@@ -3620,7 +3730,7 @@ class Worker:
                 if job.on_lost == "dead":  # not even a power cut may let it run twice
                     self._keep_trying(self._store.db.sync, matters=True)
                 if came_idle or job.after:  # what has just become ready may be more than one
-                    self._pass_on()
+                    self._wake_next()
                 report = job, self._attempt(job)
             elif self._hooks:
                 continue
@@ -3628,7 +3738,7 @@ class Worker:
                 break
             elif came_idle:  # otherwise claim once more first: the version is noted only then
                 self._wait()
-        self._turn.close()
+        self._write_gate.close()
         if self._spool:
             remove_file(self._spool.path)
         self._keep_trying(functools.partial(self._store.workers.unregister, self._row.id), matters=True)
@@ -3637,13 +3747,13 @@ class Worker:
 
     def _exchange(self, report: tuple[Job, Outcome] | None) -> Job | None:
         """Record what came of one job and claim the next, in one transaction."""
-        now, store = self._now(), self._store
+        now, store = self._clock.now_ms(), self._store
         ended: State | None = None
         if not report:
             self._seen = store.db.commits_seen()
-        with self._turn, store.db.writing():
+        with self._write_gate, store.db.writing():
             if report:
-                ended = store.jobs.finish(*report, self._settings, now, chance=_chance())
+                ended = store.jobs.finish(*report, self._settings, now, chance=self._clock.chance())
             hook = hook_for(ended, self._settings)
             self._settings = store.config.settings()
             is_resting = self._signals or self._is_homeless or hook
@@ -3651,8 +3761,8 @@ class Worker:
         if report and hook:
             self._hooks.append((report[0].id, hook))
         if report and not ended:
-            self._say(f"the result of job {report[0].id} came too late: refused")
-        if _chance() < CHECKPOINT_CHANCE:
+            self._log(f"the result of job {report[0].id} came too late: refused")
+        if self._clock.chance() < CHECKPOINT_CHANCE:
             self._checkpoint()
         return job
 
@@ -3669,11 +3779,11 @@ class Worker:
                 "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
                 "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
             }  # fmt: skip
-            mark = mark_in(self._home, f"hook.{self._row.id}.{self._now()}")
+            run_tag = run_tag_in(self._home, f"hook.{self._row.id}.{self._clock.now_ms()}")
             document = json.dumps(job_json(job))
-            trouble = run_hook(line, self._home, {**self._env, **variables}, document, mark, self._bell)
+            trouble = run_hook(line, self._home, {**self._env, **variables}, document, run_tag, self._bell)
             if trouble:
-                self._say(f"hook of job {job.id}: {trouble}")
+                self._log(f"hook of job {job.id}: {trouble}")
 
     def _keep_trying(self, action: Callable[[], _Result], matters: bool) -> _Result:
         """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works.
@@ -3685,7 +3795,7 @@ class Worker:
                 result = action()
             except StoreError as error:
                 self._complain(str(error))
-                self._tend_if_time()
+                self._do_due_duties()
                 if self._signals >= (2 if matters else 1) or self._is_homeless:
                     raise
                 self._bell.wait(1.0)
@@ -3695,16 +3805,16 @@ class Worker:
 
     def _complain(self, text: str) -> None:
         if text != self._complaint:
-            self._say(text)
+            self._log(text)
         self._complaint = text
 
     def _attempt(self, job: Job) -> Outcome:
         """Run a job once."""
         variables = {"QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_QUEUE": job.queue}
-        self._look_at = time.monotonic() + POLL_S
+        self._next_poll_s = self._clock.monotonic_s() + POLL_S
         outcome = run_attempt(
             job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})},
-            mark_in(self._home, job.mark), self._settings, self._bell, functools.partial(self._interrupted, job),
+            run_tag_in(self._home, job.run_tag), self._settings, self._bell, functools.partial(self._interrupted, job),
         )  # fmt: skip
         if outcome.end is EndReason.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
             return outcome._replace(error=f"{outcome.error}; probably out of memory")
@@ -3713,17 +3823,17 @@ class Worker:
     # ---- waiting
 
     def _is_leaving(self) -> bool:
-        orders = self._orders(None)
-        if not orders.registered:
-            self._say("its home is gone, leaves" if self._is_homeless else "was taken for dead, leaves")
-        return bool(self._signals or orders.stop or not orders.registered)
+        request = self._stop_request(None)
+        if not request.registered:
+            self._log("its home is gone, leaves" if self._is_homeless else "its row was removed by a peer, leaves")
+        return bool(self._signals or request.stop or not request.registered)
 
     def _is_drained(self) -> bool:
         with contextlib.suppress(StoreError):
             return self._row.drain and not self._store.queues.could_run(self._row.queues)
         return False
 
-    def _orders(self, job: Job | None) -> StopRequest:
+    def _stop_request(self, job: Job | None) -> StopRequest:
         if self._is_homeless:
             return StopRequest(registered=False)
         try:
@@ -3738,64 +3848,84 @@ class Worker:
             return EndReason.GIVEN_BACK
         if self._signals:
             self._complain(f"told to leave: finishes job {job.id} first; told again, gives it back")
-        if not rung and time.monotonic() < self._look_at:
+        if not rung and self._clock.monotonic_s() < self._next_poll_s:
             return None
-        self._look_at = time.monotonic() + POLL_S
-        self._tend_if_time()
-        orders = self._orders(job)
-        if orders.cancelling:
+        self._next_poll_s = self._clock.monotonic_s() + POLL_S
+        self._do_due_duties()
+        request = self._stop_request(job)
+        if request.cancelling:
             return EndReason.CANCELLED
-        return EndReason.GIVEN_BACK if orders.stop == "now" or not orders.registered else None
+        return EndReason.GIVEN_BACK if request.stop == "now" or not request.registered else None
 
     def _wait(self) -> None:
         """Sleep until there may be something to do."""
         try:
             due = self._store.jobs.next_due()
             while not (self._signals or self._is_homeless):
-                left_s = POLL_S if due is None else min(POLL_S, (due - self._now()) / 1000)
+                left_s = POLL_S if due is None else min(POLL_S, (due - self._clock.now_ms()) / 1000)
                 if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._seen:
                     return
-                self._tend_if_time()
+                self._do_due_duties()
         except StoreError as error:
             self._complain(str(error))
             self._bell.wait(1.0)
 
-    def _pass_on(self) -> None:
-        """Whoever was woken and found work wakes the next, as long as there is more."""
+    def _wake_next(self) -> None:
+        """Wake one more idle worker if jobs remain."""
         with contextlib.suppress(StoreError):
             wake_one(self._home, self._store)
 
-    # ---- now and then
+    # ---- duties
 
-    def _tend_if_time(self) -> None:
-        """See to what nobody tells us: the home, the clock, and workers that died."""
-        if time.monotonic() < self._tend_at:
+    def _do_due_duties(self) -> None:
+        """Do each duty that is due. One that the database refuses is tried again in its next turn."""
+        now_s = self._clock.monotonic_s()
+        if now_s < self._next_duty_s:
             return
-        self._tend_at = time.monotonic() + DUTY_S
+        for duty in self._duties:
+            if now_s >= duty.due_s and not self._is_homeless:  # with the bells gone all others would seem dead
+                duty.due_s = now_s + duty.every_s
+                try:
+                    duty.do()
+                except StoreError as error:
+                    self._complain(str(error))
+        self._next_duty_s = min(duty.due_s for duty in self._duties)
+
+    def _check_home(self) -> None:
+        """Notice that the home was removed or replaced."""
         self._is_homeless = not self._home.is_there(self._database)
-        if self._is_homeless:  # with the bells gone all others would seem dead
-            return
+
+    def _offset_ms(self) -> float:
+        """How far the time of day is ahead of the clock that nobody sets."""
+        return self._clock.now_ms() - self._clock.monotonic_s() * 1000
+
+    def _check_clock(self) -> None:
+        """Notice that the time of day was set back, and count backoffs from now."""
+        offset_ms = self._offset_ms()
+        if offset_ms < self._clock_offset_ms - 1000:
+            self._store.jobs.restart_backoffs(self._clock.now_ms())
+            self._claim_anew()
+        self._clock_offset_ms = offset_ms
+
+    def _note_memory_kills(self) -> None:
+        """Remember how often the system ran out of memory, to tell whether it does so during a job."""
         self._memory_kills = memory_kills()
-        clock_ms = self._now() - time.monotonic() * 1000
-        try:
-            if clock_ms < self._clock_ms - 1000:
-                self._store.jobs.restart_backoffs(self._now())
-                self._claim_anew()
-            self._clock_ms = clock_ms
-            for worker in self._store.workers.ids():
-                if worker != self._row.id and not is_alive(self._home, worker) and time.monotonic() >= self._bury_at:
-                    self._recover(worker)
-        except StoreError as error:
-            self._complain(str(error))
+
+    def _recover_dead_workers(self) -> None:
+        """See to what dead workers left behind."""
+        for worker in self._store.workers.ids():
+            is_due = self._clock.monotonic_s() >= self._next_recovery_s
+            if worker != self._row.id and is_due and not is_alive(self._home, worker):
+                self._recover(worker)
 
     def _recover(self, dead: int) -> None:
-        ended = recover(self._home, self._store, dead, self._settings, self._now())
+        ended = recover(self._home, self._store, dead, self._settings, self._clock.now_ms())
         if ended is None:
             self._complain(f"the job of dead worker {dead} cannot be ended yet")
-            self._bury_at = time.monotonic() + 10 * DUTY_S  # others want the database too
+            self._next_recovery_s = self._clock.monotonic_s() + 10 * DUTY_S  # others want the database too
             return
         for job, state in ended:
-            self._say(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
+            self._log(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
             if hook := hook_for(state, self._settings):
                 self._hooks.append((job.id, hook))
         self._claim_anew()
@@ -3804,8 +3934,8 @@ class Worker:
         self._seen = -1  # what we commit ourselves is no news to our connection
 
 
-def mark_in(home: Home, what: str) -> str:
-    """The mark that processes of an attempt or a hook carry; the home tells it from another queue's."""
+def run_tag_in(home: Home, what: str) -> str:
+    """The run tag of an attempt or a hook; the home tells it from another queue's."""
     return f"{what}@{home.path}".replace(" ", "%20")  # one word, for `ps`
 
 
@@ -3820,7 +3950,7 @@ def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -
         for job in store.jobs.running_jobs(dead):
             log = home.log(job.id)
             keep_spooled(home.spool(dead), log)
-            if not end_leftovers(mark_in(home, job.mark), log):
+            if not end_leftovers(run_tag_in(home, job.run_tag), log):
                 return None
             start, _ = log_range(job, store.queries.history(job), job.attempts)
             error = f"worker {dead} died while it ran"
@@ -3830,10 +3960,6 @@ def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -
     remove_file(home.bell(dead))
     remove_file(home.spool(dead))
     return ended
-
-
-def _chance() -> float:
-    return time.perf_counter_ns() % 999_983 / 999_983  # fair enough to spread retries and checkpoints
 
 
 def wake_one(home: Home, store: Store) -> None:
@@ -3847,6 +3973,9 @@ def wake_one(home: Home, store: Store) -> None:
 # ======================================================================== control
 
 
+EchoErr = Callable[[str], object]  # prints a line on standard error
+
+
 def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) -> None:
     """Be a worker until told to leave; says one line when it is up."""
     # The bell is the last to go: who waits for a worker to leave may then remove its home.
@@ -3858,20 +3987,20 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
         )  # fmt: skip
         remove_file(home.spool(row.id))  # that of a worker of this id in an earlier queue: something may write to it
         store.db.busy_timeout_s = WORKER_BUSY_TIMEOUT_S  # from here on there is more to do than to wait
-        say = open_worker_log(home, row, echo)
-        worker = Worker(home, store, row, bell, say)
+        log = open_worker_log(home, row, echo)
+        worker = Worker(home, store, row, bell, log, Clock())
         become_worker(worker.leave)
         print(f"worker {row.id} is up (pid {row.pid}, slot {row.slot})", flush=True)  # first: somebody waits for it
-        say(f"started, pid {row.pid}, slot {row.slot}")
+        log(f"started, pid {row.pid}, slot {row.slot}")
         try:
             worker.run()
-            say("left")
+            log("left")
         except BaseException as error:
-            say(f"ended: {error!r}")
+            log(f"ended: {error!r}")
             raise
 
 
-def serve_or_say(home: Home, queues: Sequence[str], drain: bool) -> None:
+def serve_or_echo(home: Home, queues: Sequence[str], drain: bool) -> None:
     """The same for a worker that nobody can see: what goes wrong is said on standard output."""
     try:
         serve(home, queues, drain)
@@ -3900,7 +4029,7 @@ def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) ->
     """Start detached workers; their ids, once all are up. QueueError where one could not start."""
     arguments = ["worker", "start", "--foreground"] + [w for q in queues for w in ("--queue", q)]
     arguments += ["--drain"] * drain
-    voices = [start_detached(home, arguments, lambda: serve_or_say(home, queues, drain)) for _ in range(count)]
+    voices = [start_detached(home, arguments, lambda: serve_or_echo(home, queues, drain)) for _ in range(count)]
     lines = [voice.readline().strip() for voice in voices]
     started = sorted(int(line.split()[1]) for line in lines if line.startswith("worker "))
     for line in lines:
@@ -3990,6 +4119,117 @@ def stop_workers(home: Home, store: Store, how: str, timeout_s: float) -> tuple[
     return told, left
 
 
+def overview(home: Home, store: Store) -> Overview:
+    """The state of the queue now."""
+    rows = store.workers.all()
+    alive = [row for row in rows if is_alive(home, row.id)]
+    lost = sum(row.job is not None for row in rows if row not in alive)
+    return Overview(store.queries.counts(), alive, store.queues.all(), lost, store.queries.recent_timeouts())
+
+
+def reason_of(home: Home, store: Store, job: Job) -> Reason:
+    """Why a job is not running now."""
+    [obstacles] = store.queries.wait_reasons([job], living_workers(home, store), store.queues.all())
+    return why_not_running(job, obstacles, now_ms())
+
+
+class StallReporter:
+    """Tells who waits for jobs what keeps them from ending, with the command that helps: once for each such thing."""
+
+    def __init__(self, home: Home, store: Store, seqs: Sequence[int] | None, echo_err: EchoErr) -> None:
+        self._home, self._store, self._seqs, self._echo_err = home, store, seqs, echo_err
+        self._next_poll_s = 0.0  # on the monotonic scale
+        self._told: str | None = None
+
+    def __call__(self) -> None:
+        """Tell what is new, at most once a second."""
+        if time.monotonic() >= self._next_poll_s:
+            self._next_poll_s = time.monotonic() + DUTY_S
+            found = self._obstacle()
+            if found and found != self._told:
+                self._echo_err(found)
+            self._told = found
+
+    def _obstacle(self) -> str | None:
+        job = self._store.queries.next_of(self._seqs)
+        if not job:
+            return None
+        reason = reason_of(self._home, self._store, job)
+        return f"job {job.id}: {reason.why}; {reason.remedy}" if reason.why and reason.remedy else None
+
+
+def failures_line(store: Store, seqs: Sequence[int] | None, counts: Mapping[State, int] | None) -> str | None:
+    """A line that names some of these jobs, with None of all, that have ended and not completed."""
+    failed = sum(counts[state] for state in HOPELESS) if counts else 0
+    if not counts or not failed:
+        return None
+    named = [how_ended(job) for job in store.queries.not_completed(seqs, 3)]
+    more = [f"{failed - len(named)} more"] if failed > len(named) > 0 else []
+    what = ": ".join(filter(None, ("did not complete", ", ".join(named + more))))
+    return f"{failed} of {sum(counts.values())} {what}"
+
+
+def stream_until_done(
+    home: Home, store: Store, ids: Sequence[str], write: Callable[[bytes], object], echo_err: EchoErr
+) -> int:
+    """Wait for jobs, handing on the output of one alone; what to exit with."""
+    jobs = [store.queries.get(id) for id in ids]
+    seqs = [job.seq for job in jobs]
+    report_stall = StallReporter(home, store, seqs, echo_err)
+    if len(jobs) != 1:
+        found = wait_for_jobs(store, seqs, math.inf, lambda _: None, report_stall)
+        echo_some(echo_err, failures_line(store, seqs, found))
+        return exit_code_of_all(found)
+    job = follow_log(store, home.log(jobs[0].id), jobs[0], write, report_stall)
+    last = next(reversed(store.queries.history(job)), None)
+    if job.error and (last is None or last.ended_by != EndReason.EXITED.value or last.signal):
+        echo_err(f"job {how_ended(job)}")  # its output does not say that
+    return exit_code_of(job, last)
+
+
+def echo_some(echo_err: EchoErr, line: str | None) -> None:
+    """Print a line where there is one."""
+    if line:
+        echo_err(line)
+
+
+def findings(home: Home, store: Store) -> Iterator[str]:
+    """Each thing that is wrong, with what to do."""
+    damage = store.upkeep.damage()
+    yield from (f"damaged: {problem}" for problem in damage)
+    if damage:
+        return
+    yield from store.upkeep.miscounts()
+    dead = [row for row in store.workers.all() if not is_alive(home, row.id)]
+    yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
+                "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
+    yield from home_problems(home, store.queries.exists, store.workers.ids)
+    if free_bytes(home.path) < LOW_DISK_BYTES:
+        yield f"the disk of {home.path} is nearly full"
+
+
+def repair_home(home: Home, store: Store) -> None:
+    """Repair what the findings are about, as far as it can be."""
+    store.upkeep.repair(now_ms())
+    make_private(home)
+    remove_stray_logs(home, store.queries.exists, store.workers.ids)
+
+
+def save_copy(store: Store, file: str) -> None:
+    """A copy of the queue in a file, there only once it is whole."""
+    made = f"{file}.part"
+    remove_file(made)  # of a backup that was cut short
+    make_private_file(made)
+    store.upkeep.back_up(made)
+    replace_file(made, file)
+
+
+def refuse_while_working(home: Home, rows: Sequence[WorkerRow]) -> None:
+    """A queue is not replaced under its workers."""
+    if any(is_alive(home, row.id) for row in rows):
+        raise QueueError("workers are running; stop them first: queuectl worker stop")
+
+
 # ======================================================================== commands
 
 
@@ -4064,7 +4304,7 @@ def with_store(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def say(lines: Iterable[str]) -> None:
+def echo(lines: Iterable[str]) -> None:
     """Print lines, coloured where a person looks and has not said NO_COLOR."""
     for line in lines:
         click.echo(line, color=wants_colour())
@@ -4080,7 +4320,7 @@ def answer(as_json: bool, document: Any, lines: Iterable[str]) -> None:
     if as_json:
         echo_json(document)
     else:
-        say(lines)
+        echo(lines)
 
 
 def refuse_both(one: str | bool, other: str | bool) -> None:
@@ -4172,14 +4412,16 @@ def cli() -> None:
     """A background job queue for commands. Its home is ~/.queuectl, or QUEUECTL_HOME."""
 
 
-@cli.command(cls=TypedCommand)
+@cli.command("enqueue", cls=TypedCommand)
 @click.argument("job", nargs=-1, metavar="[JOB | - | -- COMMAND [ARG]...]", shell_complete=complete_files)
 @field_options(*(name for name in FIELDS if name != "command"))
 @click.option("--file", "file", type=click.File("rb"), help="JSON Lines from a file.")
 @click.option("--skip-existing", is_flag=True, help="Pass over ids that exist.")
 @click.option("--wait", is_flag=True, help="Stay, show the output, exit with the exit code (124: timed out).")
 @json_option
-def enqueue(job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_json: bool, **options: Any) -> int:
+def enqueue_command(
+    job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_json: bool, **options: Any
+) -> int:
     """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -."""
     options["env"] = with_values(options["env"])
     now = now_ms()
@@ -4193,10 +4435,11 @@ def enqueue(job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_j
         if as_json:
             echo_json([{"id": id, "created": created} for id, created in jobs])
         else:
-            say(id for id, _ in jobs)
+            echo(id for id, _ in jobs)
         if not wait and sys.stderr.isatty() and not living_workers(home, store):
             echo_err("no worker is running; start one: queuectl worker start")
-        return stream_until_done(home, store, [id for id, _ in jobs], is_quiet=as_json) if wait else 0
+        write = (lambda _: None) if as_json else write_out
+        return stream_until_done(home, store, [id for id, _ in jobs], write, echo_err) if wait else 0
 
 
 @contextlib.contextmanager
@@ -4207,22 +4450,6 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
         return
     with click.progressbar(specs, label="reading", file=sys.stderr, show_pos=True) as bar:
         yield bar
-
-
-def stream_until_done(home: Home, store: Store, ids: Sequence[str], is_quiet: bool) -> int:
-    """Wait for jobs, showing the output of one alone; what to exit with."""
-    jobs = [store.queries.get(id) for id in ids]
-    seqs = [job.seq for job in jobs]
-    look = StallReporter(home, store, seqs)
-    if len(jobs) != 1:
-        found = wait_for_jobs(store, seqs, math.inf, lambda _: None, look)
-        name_failures(store, seqs, found)
-        return exit_code_of_all(found)
-    job = follow_log(store, home.log(jobs[0].id), jobs[0], (lambda _: None) if is_quiet else write_out, look)
-    last = next(reversed(store.queries.history(job)), None)
-    if job.error and (last is None or last.ended_by != EndReason.EXITED.value or last.signal):
-        echo_err(f"job {how_ended(job)}")  # its output does not say that
-    return exit_code_of(job, last)
 
 
 def write_out(block: bytes) -> None:
@@ -4258,18 +4485,18 @@ def with_absolute_cwd(spec: Spec) -> Spec:
     return {**spec, "cwd": check_field("cwd", here(spec["cwd"]))}
 
 
-@cli.group()
-def worker() -> None:
+@cli.group("worker")
+def worker_group() -> None:
     """Start, stop and list workers."""
 
 
-@worker.command("start")
+@worker_group.command("start")
 @click.option("--count", type=click.IntRange(1, 1000), default=1, metavar="N", help="How many; default 1.")
 @click.option("--queue", "queues", multiple=True, metavar="Q", help="Take only this queue; may be repeated.")
 @click.option("--foreground", is_flag=True, help="Be one worker, here, until told to stop.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left that could run.")
 @json_option
-def worker_start(count: int, queues: Sequence[str], foreground: bool, drain: bool, as_json: bool) -> None:
+def worker_start_command(count: int, queues: Sequence[str], foreground: bool, drain: bool, as_json: bool) -> None:
     """Start detached workers; returns once all are up."""
     refuse_both(foreground and "--foreground", as_json and "--json")
     leave_job(sys.argv[1:])
@@ -4295,12 +4522,12 @@ def refuse_several(count: int) -> None:
         raise BadInput("--foreground is one worker; start it several times for more")
 
 
-@worker.command("stop")
+@worker_group.command("stop")
 @click.option("--now", is_flag=True, help="End their jobs too, and give them back.")
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most.")
 @json_option
 @with_store
-def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
+def worker_stop_command(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
     """Let each worker finish its job and leave; waits for them."""
     timeout_s = option_duration("--timeout", timeout)
     is_watched = sys.stderr.isatty() and not now
@@ -4314,20 +4541,20 @@ def worker_stop(home: Home, store: Store, now: bool, timeout: str | None, as_jso
     return 0
 
 
-@worker.command("list")
+@worker_group.command("list")
 @json_option
 @with_store
-def worker_list(home: Home, store: Store, as_json: bool) -> None:
+def worker_list_command(home: Home, store: Store, as_json: bool) -> None:
     """Show the workers that run."""
     rows = living_workers(home, store)
     answer(as_json, [worker_json(row) for row in rows], worker_lines(rows, now_ms(), width()))
 
 
-@cli.command()
+@cli.command("status")
 @click.option("--watch", is_flag=True, help="Redraw every second until Ctrl-C.")
 @json_option
 @with_store
-def status(home: Home, store: Store, watch: bool, as_json: bool) -> None:
+def status_command(home: Home, store: Store, watch: bool, as_json: bool) -> None:
     """Show how many jobs are where, and what stands in the way."""
     refuse_both(watch and "--watch", as_json and "--json")
     show_status(home, store, as_json)
@@ -4339,13 +4566,8 @@ def status(home: Home, store: Store, watch: bool, as_json: bool) -> None:
 
 def show_status(home: Home, store: Store, as_json: bool) -> None:
     """Print the status once."""
-    counts, rows = store.queries.counts(), store.workers.all()
-    alive = [row for row in rows if is_alive(home, row.id)]
-    lost = sum(row.job is not None for row in rows if row not in alive)
-    if as_json:
-        echo_json(status_json(counts, alive, store.queues.all()))
-    else:
-        say(status_lines(counts, alive, store.queues.all(), lost, store.queries.recent_timeouts()))
+    seen = overview(home, store)
+    answer(as_json, status_json(seen), status_lines(seen))
 
 
 @cli.command("list")
@@ -4356,7 +4578,7 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
               metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
 @json_option
 @with_store
-def list_jobs(home: Home, store: Store, which: Selection, state: str | None, limit: int | None, sort: str,
+def list_command(home: Home, store: Store, which: Selection, state: str | None, limit: int | None, sort: str,
               as_json: bool) -> None:  # fmt: skip
     """Show jobs, in the order of enqueueing unless --sort says otherwise."""
     show_jobs(home, store, which, [state] if state else [], limit, as_json, sort)
@@ -4370,20 +4592,14 @@ def show_jobs(home: Home, store: Store, where: Selection, states: Sequence[str],
         return
     jobs = store.queries.jobs(where, states, LIST_ROWS if limit is None else limit, sort)
     found = store.queries.wait_reasons(jobs, living_workers(home, store), store.queues.all())
-    say(job_lines(jobs, found, store.queries.how_many(where, states) - len(jobs), now_ms(), width()))
+    echo(job_lines(jobs, found, store.queries.how_many(where, states) - len(jobs), now_ms(), width()))
 
 
-def reason_of(home: Home, store: Store, job: Job) -> Reason:
-    """Why a job is not running now."""
-    [obstacles] = store.queries.wait_reasons([job], living_workers(home, store), store.queues.all())
-    return why_not_running(job, obstacles, now_ms())
-
-
-@cli.command()
+@cli.command("show")
 @id_argument
 @json_option
 @with_store
-def show(home: Home, store: Store, id: str, as_json: bool) -> None:
+def show_command(home: Home, store: Store, id: str, as_json: bool) -> None:
     """Show one job, whole, with its attempts and why it is not running."""
     job = store.queries.get(id)
     history = store.queries.history(job)
@@ -4391,24 +4607,26 @@ def show(home: Home, store: Store, id: str, as_json: bool) -> None:
     if as_json:
         echo_json(job_json(job) | {"reason": reason.why, "history": [attempt_json(a) for a in history]})
     else:
-        say(show_lines(job, history, reason, home.log(job.id), store.config.settings(), now_ms(), width()))
+        echo(show_lines(job, history, reason, home.log(job.id), store.config.settings(), now_ms(), width()))
 
 
-@cli.command()
+@cli.command("logs")
 @id_argument
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="The last N lines alone.")
 @click.option("--attempt", type=click.IntRange(1), metavar="K", help="The output of attempt K alone.")
 @click.option("--raw", is_flag=True, help="Every byte, progress bars in all their states.")
 @with_store
-def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, attempt: int | None, raw: bool) -> None:
+def logs_command(
+    home: Home, store: Store, id: str, follow: bool, tail: int | None, attempt: int | None, raw: bool
+) -> None:
     """Print a job's output."""
     job = store.queries.get(id)
     path = home.log(job.id)
     start, end = log_range(job, store.queries.history(job), attempt)
     start = start if tail is None else max(start, tail_start(path, tail, end))
     if follow and end is None:
-        job = follow_log(store, path, job, write_out, StallReporter(home, store, [job.seq]), start)
+        job = follow_log(store, path, job, write_out, StallReporter(home, store, [job.seq], echo_err), start)
         if job.state is not State.COMPLETED:
             echo_err(f"job {how_ended(job)}")
         return
@@ -4420,32 +4638,22 @@ def logs(home: Home, store: Store, id: str, follow: bool, tail: int | None, atte
     sys.stdout.buffer.flush()
 
 
-@cli.command()
+@cli.command("wait")
 @selection_options
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
 @json_option
 @with_store
-def wait(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
+def wait_command(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
     seqs = None if which == Selection() else [job.seq for job in some_of(store.queries.chosen(which))]
     counts = store.queries.counts(seqs)
     timeout_s = option_duration("--timeout", timeout)
     with progress_to(sum(counts.values())) as progress:
-        found = wait_for_jobs(store, seqs, timeout_s, progress, StallReporter(home, store, seqs))
+        found = wait_for_jobs(store, seqs, timeout_s, progress, StallReporter(home, store, seqs, echo_err))
     if as_json:
         echo_json({state.value: found[state] if found else 0 for state in ENDED} | {"timed_out": found is None})
-    name_failures(store, seqs, found)
+    echo_some(echo_err, failures_line(store, seqs, found))
     return exit_code_of_all(found)
-
-
-def name_failures(store: Store, seqs: Sequence[int] | None, counts: Mapping[State, int] | None) -> None:
-    """Name some of these jobs, with None of all, that have ended and not completed."""
-    failed = sum(counts[state] for state in HOPELESS) if counts else 0
-    if counts and failed:
-        named = [how_ended(job) for job in store.queries.not_completed(seqs, 3)]
-        more = [f"{failed - len(named)} more"] if failed > len(named) > 0 else []
-        what = ": ".join(filter(None, ("did not complete", ", ".join(named + more))))
-        echo_err(f"{failed} of {sum(counts.values())} {what}")
 
 
 def some_of(jobs: list[Job]) -> list[Job]:
@@ -4453,31 +4661,6 @@ def some_of(jobs: list[Job]) -> list[Job]:
     if not jobs:
         raise NotFound("no job bears that tag or is in that queue")
     return jobs
-
-
-class StallReporter:
-    """Tells who waits for jobs what keeps them from ending, with the command that helps: once for each such thing."""
-
-    def __init__(self, home: Home, store: Store, seqs: Sequence[int] | None) -> None:
-        self._home, self._store, self._seqs = home, store, seqs
-        self._look_at = 0.0  # by the monotonic clock
-        self._said: str | None = None
-
-    def __call__(self) -> None:
-        """Look, if it is time to."""
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + DUTY_S
-            found = self._obstacle()
-            if found and found != self._said:
-                echo_err(found)
-            self._said = found
-
-    def _obstacle(self) -> str | None:
-        job = self._store.queries.next_of(self._seqs)
-        if not job:
-            return None
-        reason = reason_of(self._home, self._store, job)
-        return f"job {job.id}: {reason.why}; {reason.remedy}" if reason.why and reason.remedy else None
 
 
 def echo_err(text: str) -> None:
@@ -4496,23 +4679,25 @@ def progress_to(total: int) -> Iterator[Callable[[int], object]]:
         yield lambda done: bar.update(min(done, total) - bar.pos)
 
 
-@cli.command()
+@cli.command("cancel")
 @selection_options
 @json_option
 @with_store
-def cancel(home: Home, store: Store, which: Selection, as_json: bool) -> None:
+def cancel_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let waiting jobs never run, and end those that do."""
     echo_done(cancel_jobs(home, store, which), "cancelled", as_json)
 
 
-@cli.command(cls=TypedCommand)
+@cli.command("edit", cls=TypedCommand)
 @selection_options
 @field_options(*(name for name in FIELDS if name not in ("id", "queue", "tag")))
 @click.option("--clear", type=click.Choice(sorted({*CLEARABLE, *map(as_option, CLEARABLE)})), multiple=True,
               metavar="FIELD", help="As if nothing had been said of it; may be repeated.")  # fmt: skip
 @json_option
 @with_store
-def edit(home: Home, store: Store, which: Selection, clear: Sequence[str], as_json: bool, **options: Any) -> None:
+def edit_command(
+    home: Home, store: Store, which: Selection, clear: Sequence[str], as_json: bool, **options: Any
+) -> None:
     """Change waiting jobs; a command behind -- replaces theirs.
 
     With ids, --queue and --tag are new values; without, they choose the jobs.
@@ -4541,42 +4726,42 @@ def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear
     return {**(with_absolute_cwd(spec) if "cwd" in spec else spec), **cleared}
 
 
-@cli.group()
-def dlq() -> None:
+@cli.group("dlq")
+def dlq_group() -> None:
     """The dead letter queue: jobs whose retries are used up."""
 
 
 all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 
 
-@dlq.command("list")
+@dlq_group.command("list")
 @tag_and_queue
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N; default 100, with --json all.")
 @json_option
 @with_store
-def dlq_list(home: Home, store: Store, which: Selection, limit: int | None, as_json: bool) -> None:
+def dlq_list_command(home: Home, store: Store, which: Selection, limit: int | None, as_json: bool) -> None:
     """Show dead jobs."""
     show_jobs(home, store, which, [State.DEAD], limit, as_json)
 
 
-@dlq.command("retry")
+@dlq_group.command("retry")
 @selection_options
 @all_option
 @json_option
 @with_store
-def dlq_retry(home: Home, store: Store, which: Selection, as_json: bool) -> None:
+def dlq_retry_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Put dead jobs back to pending, with no attempts made."""
     done = store.changes.retry_dead(which, now_ms())
     wake_one(home, store)
     echo_done(done, "pending again", as_json)
 
 
-@dlq.command("purge")
+@dlq_group.command("purge")
 @selection_options
 @all_option
 @json_option
 @with_store
-def dlq_purge(home: Home, store: Store, which: Selection, as_json: bool) -> None:
+def dlq_purge_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Remove dead jobs and their logs for good."""
     done = store.changes.purge_dead(which)
     for id in done:
@@ -4589,20 +4774,20 @@ def echo_done(ids: Sequence[str], what: str, as_json: bool) -> None:
     answer(as_json, [{"id": id} for id in ids], [f"{id} {what}" for id in ids] or ["no such jobs"])
 
 
-@cli.command()
+@cli.command("hold")
 @selection_options
 @json_option
 @with_store
-def hold(home: Home, store: Store, which: Selection, as_json: bool) -> None:
+def hold_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Keep waiting jobs from starting until `release`."""
     echo_done(store.changes.set_hold(which, True, now_ms()), "on hold", as_json)
 
 
-@cli.command()
+@cli.command("release")
 @selection_options
 @json_option
 @with_store
-def release(home: Home, store: Store, which: Selection, as_json: bool) -> None:
+def release_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let jobs on hold go."""
     done = store.changes.set_hold(which, False, now_ms())
     wake_one(home, store)
@@ -4617,7 +4802,7 @@ def queue_group() -> None:
 @queue_group.command("list")
 @json_option
 @with_store
-def queue_list(home: Home, store: Store, as_json: bool) -> None:
+def queue_list_command(home: Home, store: Store, as_json: bool) -> None:
     """Show how many jobs each queue holds."""
     rows = store.queues.all()
     answer(as_json, [queue_json(row) for row in rows], queue_lines(rows, width()))
@@ -4628,7 +4813,7 @@ def queue_list(home: Home, store: Store, as_json: bool) -> None:
 @all_option
 @json_option
 @with_store
-def queue_pause(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
+def queue_pause_command(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
     """Start nothing new in these queues."""
     chosen = queues_given(store, names, every)
     store.queues.set_paused(chosen, True)
@@ -4640,7 +4825,7 @@ def queue_pause(home: Home, store: Store, names: Sequence[str], every: bool, as_
 @all_option
 @json_option
 @with_store
-def queue_resume(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
+def queue_resume_command(home: Home, store: Store, names: Sequence[str], every: bool, as_json: bool) -> None:
     """Go on with these queues."""
     chosen = queues_given(store, names, every)
     store.queues.set_paused(chosen, False)
@@ -4661,7 +4846,7 @@ def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
 @click.argument("limit", metavar="N|none")
 @json_option
 @with_store
-def queue_limit(home: Home, store: Store, name: str, limit: str, as_json: bool) -> None:
+def queue_limit_command(home: Home, store: Store, name: str, limit: str, as_json: bool) -> None:
     """Let at most N jobs of a queue run at once."""
     check_queues([name])
     store.queues.set_limit(name, None if limit == "none" else check_limit(limit))
@@ -4676,13 +4861,15 @@ def check_limit(text: str) -> int:
     return int(text)
 
 
-@cli.command()
+@cli.command("prune")
 @click.option("--older-than", default="0", metavar="TIME", help="Ended at least so long ago.")
 @click.option("--state", "states", multiple=True, type=click.Choice([s.value for s in ENDED]), help="In this state.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 @with_store
-def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_run: bool, as_json: bool) -> None:
+def prune_command(
+    home: Home, store: Store, older_than: str, states: Sequence[str], dry_run: bool, as_json: bool
+) -> None:
     """Remove jobs that have ended (completed, dead or cancelled), and their logs."""
     before = now_ms() - round(option_duration("--older-than", older_than) * 1000) + 1
     removed = 0
@@ -4694,34 +4881,34 @@ def prune(home: Home, store: Store, older_than: str, states: Sequence[str], dry_
     answer(as_json, {"removed": removed, "dry_run": dry_run}, [f"{number_of(removed, 'job')} {what}"])
 
 
-@cli.command()
+@cli.command("export")
 @click.option("--state", "states", multiple=True, type=click.Choice([s.value for s in State]), help="In this state.")
 @with_store
-def export(home: Home, store: Store, states: Sequence[str]) -> None:
+def export_command(home: Home, store: Store, states: Sequence[str]) -> None:
     """Write jobs as JSON Lines that `enqueue -` reads back."""
-    say(export_line(job) for job in store.queries.jobs(states=states))
+    echo(export_line(job) for job in store.queries.jobs(states=states))
 
 
-@cli.group()
-def config() -> None:
+@cli.group("config")
+def config_group() -> None:
     """What holds for every job that does not say otherwise."""
 
 
-@config.command("list")
+@config_group.command("list")
 @json_option
 @with_store
-def config_list(home: Home, store: Store, as_json: bool) -> None:
+def config_list_command(home: Home, store: Store, as_json: bool) -> None:
     """Show every key, its value and what it means."""
     values = store.config.settings()._asdict()
     rows = [[key, printable(plain(value)), SETTINGS[key].help] for key, value in values.items()]
     answer(as_json, values, table(("KEY", "VALUE", "MEANING"), rows, width()))
 
 
-@config.command("get")
+@config_group.command("get")
 @key_argument
 @json_option
 @with_store
-def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
+def config_get_command(home: Home, store: Store, key: str, as_json: bool) -> None:
     """Print a value alone."""
     value = getattr(store.config.settings(), setting_key(key))
     if as_json:
@@ -4731,22 +4918,22 @@ def config_get(home: Home, store: Store, key: str, as_json: bool) -> None:
         click.echo(shown, color=True)  # or click would take escapes off that belong to the value
 
 
-@config.command("set", context_settings={"ignore_unknown_options": True})
+@config_group.command("set", context_settings={"ignore_unknown_options": True})
 @key_argument
 @click.argument("value")
 @json_option
 @with_store
-def config_set(home: Home, store: Store, key: str, value: str, as_json: bool) -> None:
+def config_set_command(home: Home, store: Store, key: str, value: str, as_json: bool) -> None:
     """Set a key; it reaches running workers with their next job."""
     store.config.set(setting_key(key), parse_setting(key, value))
     echo_setting(store, setting_key(key), as_json)
 
 
-@config.command("unset")
+@config_group.command("unset")
 @key_argument
 @json_option
 @with_store
-def config_unset(home: Home, store: Store, key: str, as_json: bool) -> None:
+def config_unset_command(home: Home, store: Store, key: str, as_json: bool) -> None:
     """Go back to a key's default."""
     store.config.set(setting_key(key), None)
     echo_setting(store, setting_key(key), as_json)
@@ -4758,11 +4945,11 @@ def echo_setting(store: Store, key: str, as_json: bool) -> None:
     answer(as_json, {key: value}, [f"{key} = {plain(value)}"])
 
 
-@cli.command()
+@cli.command("doctor")
 @click.option("--repair", is_flag=True, help="Mend what can be mended.")
 @json_option
 @with_store
-def doctor(home: Home, store: Store, repair: bool, as_json: bool) -> int:
+def doctor_command(home: Home, store: Store, repair: bool, as_json: bool) -> int:
     """Look for what is wrong with the queue; exit 1 where something is."""
     if repair:
         repair_home(home, store)
@@ -4772,70 +4959,33 @@ def doctor(home: Home, store: Store, repair: bool, as_json: bool) -> int:
     return int(bool(found))
 
 
-def findings(home: Home, store: Store) -> Iterator[str]:
-    """Each thing that is wrong, with what to do."""
-    damage = store.upkeep.damage()
-    yield from (f"damaged: {problem}" for problem in damage)
-    if damage:
-        return
-    yield from store.upkeep.miscounts()
-    dead = [row for row in store.workers.all() if not is_alive(home, row.id)]
-    yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
-                "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
-    yield from home_problems(home, store.queries.exists, store.workers.ids)
-    if free_bytes(home.path) < LOW_DISK_BYTES:
-        yield f"the disk of {home.path} is nearly full"
-
-
-def repair_home(home: Home, store: Store) -> None:
-    """Repair what the findings are about, as far as it can be."""
-    store.upkeep.repair(now_ms())
-    make_private(home)
-    remove_stray_logs(home, store.queries.exists, store.workers.ids)
-
-
-@cli.command()
+@cli.command("backup")
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--restore", is_flag=True, help="Put the copy in the place of the queue.")
 @json_option
 @with_store
-def backup(home: Home, store: Store, file: str, restore: bool, as_json: bool) -> None:
+def backup_command(home: Home, store: Store, file: str, restore: bool, as_json: bool) -> None:
     """Copy the queue to a file while workers run, or restore it from one."""
     refuse_own(home, file)
     if restore:
         refuse_while_working(home, store.workers.all())
         store.upkeep.restore(require_file(file), functools.partial(refuse_while_working, home))
     else:
-        save(store, file)
+        save_copy(store, file)
     count = sum(store.queries.counts().values())
     done = f"{'restored from' if restore else 'saved to'} {file}: {number_of(count, 'job')}"
     answer(as_json, {"file": file, "jobs": count}, [done])
 
 
-def save(store: Store, file: str) -> None:
-    """A copy of the queue in a file, there only once it is whole."""
-    made = f"{file}.part"
-    remove_file(made)  # of a backup that was cut short
-    make_private_file(made)
-    store.upkeep.back_up(made)
-    replace_file(made, file)
-
-
-def refuse_while_working(home: Home, rows: Sequence[WorkerRow]) -> None:
-    """A queue is not replaced under its workers."""
-    if any(is_alive(home, row.id) for row in rows):
-        raise QueueError("workers are running; stop them first: queuectl worker stop")
-
-
-@cli.command()
+@cli.command("metrics")
 @click.option("--prometheus", is_flag=True, help="In Prometheus' text format.")
 @json_option
 @with_store
-def metrics(home: Home, store: Store, prometheus: bool, as_json: bool) -> None:
+def metrics_command(home: Home, store: Store, prometheus: bool, as_json: bool) -> None:
     """Show how many jobs did well, how long they waited and ran."""
     refuse_both(prometheus and "--prometheus", as_json and "--json")
     if prometheus:
-        say(prometheus_lines(store.queues.all(), living_workers(home, store), store.queries.tallies()))
+        echo(prometheus_lines(overview(home, store), store.queries.tallies()))
         return
     found = metrics_json(store.queries.counts(), store.queries.times(), store.queries.tallies())
     answer(as_json, found, shown_here(metrics_lines(found)))
@@ -4848,20 +4998,20 @@ def shown_here(lines: Iterable[str]) -> Iterator[str]:
         yield line.encode(encoding, "ignore").decode(encoding).lstrip()
 
 
-@cli.command()
+@cli.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
+def completion_command(shell: str) -> None:
     """Print the script that completes queuectl's words in a shell."""
     from click.shell_completion import get_completion_class
 
     script = get_completion_class(shell)
-    say([script(cli, {}, "queuectl", "_QUEUECTL_COMPLETE").source()] if script else [])
+    echo([script(cli, {}, "queuectl", "_QUEUECTL_COMPLETE").source()] if script else [])
 
 
-@cli.command()
-def service() -> None:
+@cli.command("service")
+def service_command() -> None:
     """Print a systemd user unit that runs a worker."""
-    say([service_unit(sys.executable, here(__file__), open_home().path)])
+    echo([service_unit(sys.executable, here(__file__), open_home().path)])
 
 
 def main() -> None:

@@ -1427,7 +1427,7 @@ def test_command_sees_what_the_contract_names(home: Home) -> None:
     home.start()
     home.ended("a")
     _, where, env, given = json.loads(home.log("a"))
-    found = {k: v for k, v in env.items() if k.startswith("QUEUECTL_") and k != q.MARK}
+    found = {k: v for k, v in env.items() if k.startswith("QUEUECTL_") and k != q.RUN_TAG}
     same(found, {"QUEUECTL_JOB_ID": "a", "QUEUECTL_ATTEMPT": "1", "QUEUECTL_QUEUE": "q", "QUEUECTL_SLOT": "1",
                  "QUEUECTL_HOME": str(home.path)})  # fmt: skip
     same((env["OWN"], given, os.path.realpath(where)), ("vä=l", "", str(home.work)))
@@ -2009,19 +2009,19 @@ def test_worker_waits_for_its_turn_and_not_for_ever(home: Home) -> None:
     program = """
 import fcntl, signal, time
 q.become_worker(lambda: None)
-first, second = q.Turn(q.open_home()), q.Turn(q.open_home())
-def is_free(turn):
+first, second = q.WriteGate(q.open_home()), q.WriteGate(q.open_home())
+def is_free(gate):
     try:
-        fcntl.flock(turn._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(gate._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    fcntl.flock(turn._fd, fcntl.LOCK_UN)
+    fcntl.flock(gate._fd, fcntl.LOCK_UN)
     return True
 with first:
     print(is_free(second))
     start = time.monotonic()
     with second:
-        print(time.monotonic() - start >= q.TURN_S)
+        print(time.monotonic() - start >= q.WRITE_GATE_S)
     print(is_free(second))
 print(is_free(second), signal.getitimer(signal.ITIMER_REAL)[0])"""
     same(finished(child(home, program)).out.split(), ["False", "True", "False", "True", "0.0"])
@@ -2369,8 +2369,10 @@ def test_status_names_what_stands_in_the_way() -> None:
     """`status` says which command helps where nothing would happen otherwise."""
     counts = dict.fromkeys(q.State, 0) | {q.State.PENDING: 2, q.State.DEAD: 1}
     paused = q.QueueRow("slow", True, None, counts)
-    text = "\n".join(q.status_lines(counts, [], [paused], 1, 1))
-    text += "\n".join(q.status_lines(counts, [a_worker(queues=["x"])], [paused._replace(paused=False)], 0, 0))
+    text = "\n".join(q.status_lines(q.Overview(counts, [], [paused], 1, 1)))
+    text += "\n".join(
+        q.status_lines(q.Overview(counts, [a_worker(queues=["x"])], [paused._replace(paused=False)], 0, 0))
+    )
     for word in ("start one: queuectl worker start", "dlq list", "queue resume slow", "1 dead worker",
                  "config set job_timeout", "worker start --queue slow"):  # fmt: skip
         assert word in text, text
@@ -3054,7 +3056,7 @@ def pids_with(text: str) -> dict[int, str]:
 def attempts_running(home: Home) -> dict[int, str]:
     """The processes that bear the mark of an attempt of this home."""
     found = pids_with(f"@{home.path}")
-    return {pid: words for pid, words in found.items() if q._mark_of(pid) not in (None, q.NO_ATTEMPT)}
+    return {pid: words for pid, words in found.items() if q._run_tag_of(pid) not in (None, q.NO_ATTEMPT)}
 
 
 def living(home: Home) -> list[q.WorkerRow]:
@@ -3437,7 +3439,7 @@ q.Worker._exchange = exchange"""
     until(lambda: home.lines("account") == ["1", "2"])
     touch(home, "late")
     said = finished(first).err
-    assert "too late: refused" in said and "taken for dead, leaves" in said, said
+    assert "too late: refused" in said and "removed by a peer, leaves" in said, said
     same(home.state(id), "processing")
     touch(home, "go")
     job = home.ended(id)
@@ -4397,6 +4399,31 @@ def test_docs_only_some_sections_know_the_system() -> None:
     same({(section, name) for section, name in found if section not in may[name] | {"head"}}, set())
     asked = [line for line in SOURCE.splitlines() if "sys.platform" in line]
     same(asked, ['if sys.platform == "win32":'])
+
+
+def test_docs_both_halves_of_the_platform_define_the_same() -> None:
+    """Windows and POSIX define the same names with the same parameters in the same order, under the same banners."""
+    halves = next(n for n in ast.parse(SOURCE).body if isinstance(n, ast.If) and "sys.platform" in ast.unparse(n.test))
+    windows, posix = (list(signatures(body)) for body in (halves.body, halves.orelse))
+    same(windows, posix)
+    paragraph, _, code = SOURCE.partition("# What follows exists twice")[2].partition("\nif sys.platform")
+    same(re.findall(r"^#     (\w+)", paragraph, re.M), [line.split("(")[0] for line in posix if line[0] != " "])
+    texts = code.partition("\n# ====")[0].split("\nelse:\n")
+    banners = re.findall(r"^#   (\w.+)", paragraph, re.M)
+    same([re.findall(r"^    # ---- (.+)", text, re.M) for text in texts], [banners, banners])
+
+
+def signatures(body: Iterable[ast.stmt], indent: str = "") -> Iterator[str]:
+    """What a block of code offers to others: a line for each function, class, method and constant."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and (node.name[0] != "_" or node.name.endswith("__")):
+            result = ast.unparse(node.returns) if node.returns else ""
+            yield f"{indent}{node.name}({ast.unparse(node.args)}) -> {result}"
+        elif isinstance(node, ast.ClassDef) and node.name[0] != "_":
+            yield f"{indent}{node.name}"
+            yield from signatures(node.body, indent + "    ")
+        elif isinstance(node, ast.Assign) and not indent:
+            yield from (name for name in map(ast.unparse, node.targets) if name.isidentifier() and name[0] != "_")
 
 
 # ---- with development dependencies

@@ -1101,6 +1101,106 @@ WantedBy=default.target
 """
 
 
+class ManEntry(NamedTuple):
+    """A command as the manual page describes it: its options as pairs of how one types them and what they do."""
+
+    usage: str
+    help: str
+    options: Sequence[tuple[str, str]]
+
+
+_ROFF = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "^": r"\(ha", "~": r"\(ti"})
+_MAN_FORMS = (
+    "queuectl enqueue [OPTIONS] -- COMMAND [ARG]...",
+    "queuectl enqueue [OPTIONS] JSON",
+    "queuectl enqueue [OPTIONS] -",
+    "queuectl COMMAND [OPTIONS] [ARG]...",
+)
+_MAN_DESCRIPTION = (
+    "queuectl stores commands as jobs in a database and runs them in the background. Workers run the jobs: several "
+    "at a time, by priority, not before their time, and again when they fail.",
+    "An id that `enqueue` has printed is on disk. A job never runs twice at once, also where its worker is killed.",
+    "The option -h or --help after a command shows its options; --version shows the version. Where a command takes "
+    "the option --json, it prints one JSON document. A TIME is a number of seconds, or has units: 90s, 10m, 1h30m, 7d.",
+)
+_MAN_EXIT_CODES = (
+    ("0", "Done. For `wait`: all jobs completed."),
+    ("1", "It could not be done. For `wait`: some jobs did not complete. For `doctor`: something is wrong."),
+    ("2", "Wrong usage or bad input."),
+    (f"{EX_TIMED_OUT}", "`wait`: the jobs did not end in time. `enqueue --wait`: the job timed out."),
+    (f"{EX_INTERRUPTED}", "Interrupted by Ctrl-C."),
+    ("other", "`enqueue --wait`: the exit code of the job, or 128 + the signal that ended it."),
+)
+_MAN_VARIABLES = (
+    ("QUEUECTL_HOME", "The directory of the queue; default ~/.queuectl. A job sees that of its queue."),
+    ("NO_COLOR", "Where it is set, output has no colour."),
+    ("QUEUECTL_JOB_ID", "For a job: its id."),
+    ("QUEUECTL_ATTEMPT", "For a job: 1 at the first attempt, 2 at the first retry, and so on."),
+    ("QUEUECTL_QUEUE", "For a job: its queue."),
+    ("QUEUECTL_SLOT", "For a job: the number of its worker, the lowest that no other living worker of this home has."),
+    ("QUEUECTL_RUN", "For a job: the run tag of this attempt, by which its processes are found. Leave it alone."),
+)
+_MAN_FILES = (
+    ("~/.queuectl", "The home, where QUEUECTL_HOME names no other directory. It holds:"),
+    ("queue.db", "The queue, an SQLite database in WAL mode."),
+    ("job_logs/ID.log", "What a job wrote to its standard output and standard error."),
+    ("worker.log", "What workers report, and the output of hooks."),
+    ("bells", "The files through which workers are woken."),
+)
+
+
+def roff(text: str) -> str:
+    """Text that roff prints as it stands; words in backquotes become bold."""
+    literal = " ".join(text.split()).translate(_ROFF)
+    literal = re.sub("`([^`]+)`", r"\\fB\1\\fR", literal).replace("`", r"\(ga")
+    literal = "".join(c if c.isascii() else rf"\[u{ord(c):04X}]" for c in literal)
+    return rf"\&{literal}" if literal.startswith(".") else literal  # or the line would be a request
+
+
+def man_items(items: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Terms in bold, each with its meaning indented below."""
+    for term, meaning in items:
+        yield from (".TP", rf"\fB{roff(term)}\fR", roff(meaning))
+
+
+def man_paragraphs(paragraphs: Iterable[str]) -> Iterator[str]:
+    """Paragraphs of text."""
+    for paragraph in paragraphs:
+        yield from (".PP", roff(paragraph))
+
+
+def man_commands(commands: Iterable[ManEntry]) -> Iterator[str]:
+    """A subsection for each command."""
+    for command in commands:
+        yield f".SS {roff(command.usage)}"
+        yield from man_paragraphs(command.help.split("\n\n"))
+        yield from man_items(command.options)
+
+
+def man_page(version: str, commands: Iterable[ManEntry]) -> Iterator[str]:
+    """The manual page `queuectl(1)`, in roff with the macros of man(7)."""
+    fields = ((name, field.help) for name, field in FIELDS.items())
+    defaults = Settings()._asdict()
+    settings = ((key, f"{setting.help}; default {plain(defaults[key]) or 'none'}") for key, setting in SETTINGS.items())
+    sections: dict[str, Iterable[str]] = {
+        "NAME": [r"queuectl \- a background job queue for commands"],
+        "SYNOPSIS": (line for form in _MAN_FORMS for line in (rf"\fB{roff(form)}\fR", ".br")),
+        "DESCRIPTION": man_paragraphs(_MAN_DESCRIPTION),
+        "COMMANDS": man_commands(commands),
+        "FIELDS": [*man_paragraphs(["The fields of a job in JSON, where a TIME is a number of seconds."]),
+                   *man_items(fields)],
+        "CONFIG": [*man_paragraphs(["What `config set` takes; max-retries is the same key as max_retries."]),
+                   *man_items(settings)],
+        "EXIT STATUS": man_items(_MAN_EXIT_CODES),
+        "ENVIRONMENT": man_items(_MAN_VARIABLES),
+        "FILES": man_items(_MAN_FILES),
+    }  # fmt: skip
+    yield from (f'.TH QUEUECTL 1 "" "queuectl {version}" "User Commands"', ".nh", ".ad l")
+    for title, lines in sections.items():
+        yield f".SH {title}"
+        yield from lines
+
+
 def how_ended(job: Job) -> str:
     """A job that did not complete, and why."""
     return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
@@ -5012,6 +5112,25 @@ def completion_command(shell: str) -> None:
 def service_command() -> None:
     """Print a systemd user unit that runs a worker."""
     echo([service_unit(sys.executable, here(__file__), open_home().path)])
+
+
+@cli.command("man")
+def man_command() -> None:
+    """Print the manual page: queuectl man | man -l -"""
+    say(man_page(__version__, man_entries(click.Context(cli, info_name="queuectl"))))
+
+
+def man_entries(parent: click.Context) -> Iterator[ManEntry]:
+    """Every command below a group, in the order in which they stand there."""
+    group = cast(click.Group, parent.command)
+    for name, command in group.commands.items():
+        context = click.Context(command, parent=parent, info_name=name)
+        if isinstance(command, click.Group):
+            yield from man_entries(context)
+        else:
+            usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+            options = (param.get_help_record(context) for param in command.params if isinstance(param, click.Option))
+            yield ManEntry(usage, command.help or "", [option for option in options if option])
 
 
 def main() -> None:

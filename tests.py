@@ -2390,6 +2390,12 @@ def test_views_escape_control_characters_and_hide_env_values(home: Home) -> None
     assert "TOKEN" in home.out("show", "a") and "\\x1b]0;owned" in home.out("list")
 
 
+def test_roff_leaves_no_character_a_meaning() -> None:
+    """What roff would take for a request or an escape is printed as it stands; backquotes make bold."""
+    same(q.roff(r".so \fB 'x' --all ~^ `"), r"\&.so \efB \(aqx\(aq \-\-all \(ti\(ha \(ga")
+    same(q.roff("until `release`\nof Zoë"), r"until \fBrelease\fR of Zo\[u00EB]")
+
+
 # ---- commands
 
 JOB_KEYS = set(q.FIELDS) | {"state", "attempts", "created_at", "updated_at", "started_at", "finished_at"}
@@ -2780,6 +2786,32 @@ def test_completion_and_service_print_what_they_are_for(home: Home) -> None:
         env = {**home.env, "XDG_RUNTIME_DIR": str(path.parent)}
         ran = subprocess.run([verifier, "--user", "verify", path], capture_output=True, text=True, env=env)
         same((ran.returncode, ran.stdout + ran.stderr), (0, ""))
+
+
+def test_man_has_every_command_option_field_and_key(home: Home) -> None:
+    """The manual page has a subsection for each command with all its options, each field, key and exit code."""
+    page = home.out("man").replace(r"\-", "-")
+    described = dict(part.split(" [", 1) for part in page.split("\n.SS queuectl ")[1:])
+    same(list(described), [name for name, _ in commands()])
+    for name, command in commands():
+        options = {opt for p in command.params if isinstance(p, click.Option) for opt in p.opts}
+        same({opt for opt in options if not re.search(rf"\\fB(?:.*, )?{opt}\b", described[name])}, set())
+    rest = page.partition("\n.SH FIELDS\n")[2]
+    same([word for word in (*q.FIELDS, *q.SETTINGS, "124", "130", "NO_COLOR") if rf"\fB{word}\fR" not in rest], [])
+
+
+def test_man_is_typeset_without_a_warning(home: Home) -> None:
+    """groff and man take the manual page without a word, and print what is in it."""
+    page = home.run("man").raw
+    ways = [["groff", "-man", "-ww", "-Tutf8"], ["man", "--warnings=w", "-l", "-"]]
+    here = [way for way in ways if shutil.which(way[0])]
+    if not here:
+        raise Skip("neither groff nor man is there")
+    for way in here:
+        ran = subprocess.run(way, input=page, capture_output=True, env={**home.env, "LC_ALL": "C.UTF-8"})
+        same((ran.returncode, ran.stderr), (0, b""))
+        text = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", ran.stdout.decode())
+        assert "--skip-existing" in text and "EXIT STATUS" in text, text
 
 
 def test_list_selects_and_says_how_many_more(home: Home) -> None:

@@ -5117,7 +5117,7 @@ def service_command() -> None:
 @cli.command("man")
 def man_command() -> None:
     """Print the manual page: queuectl man | man -l -"""
-    say(man_page(__version__, man_entries(click.Context(cli, info_name="queuectl"))))
+    echo(man_page(__version__, man_entries(click.Context(cli, info_name="queuectl"))))
 
 
 def man_entries(parent: click.Context) -> Iterator[ManEntry]:

@@ -4327,32 +4327,62 @@ def test_docs_every_command_and_option_has_help() -> None:
             assert not isinstance(param, click.Option) or param.help, f"{name} {param.opts}"
 
 
-def test_docs_readme_has_every_command_option_field_and_key() -> None:
-    """README.md names each command, option, field and config key."""
-    readme = document("README.md")
+def test_docs_manual_has_every_command_option_field_and_key() -> None:
+    """docs/manual.md names each command, option, field and config key."""
+    manual = document("docs/manual.md")
     wanted = {name for name, _ in commands()} | set(q.FIELDS) | set(q.SETTINGS)
     wanted |= {opt for _, c in commands() for p in c.params for opt in p.opts if opt.startswith("--")}
-    missing = [word for word in sorted(wanted) if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", readme)]
+    missing = [word for word in sorted(wanted) if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", manual)]
     same(missing, [])
 
 
-@posix
-def test_docs_readme_examples_run(home: Home) -> None:
-    """The ```sh blocks of README.md, top to bottom in one home, all exit 0."""
-    readme = document("README.md")
+def run_examples(home: Home, name: str) -> None:
+    """Run the ```sh blocks of a document, top to bottom in one home; all must exit 0."""
     bin = home.root / "bin"
     bin.mkdir()
     (bin / "queuectl").write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
     (bin / "queuectl").chmod(0o755)
     path = os.pathsep.join([str(bin), os.path.dirname(sys.executable), home.env["PATH"]])
     env = home.env | {"PATH": path, "HOME": str(home.root)}
-    blocks = re.findall(r"^(<!-- not run: .+ -->\n\n?)?```sh\n(.*?)^```$", readme, re.S | re.M)
+    blocks = re.findall(r"^(<!-- not run: .+ -->\n\n?)?```sh\n(.*?)^```$", document(name), re.S | re.M)
     for marked, block in blocks:
         if not marked:
             ran = subprocess.run(["sh", "-e", "-c", block], env=env, cwd=home.work, stdin=subprocess.DEVNULL,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S)  # fmt: skip
             assert ran.returncode == 0, f"\n{block}\n{ran.stdout.decode()}"
-    assert blocks, "README.md has no examples"
+    assert blocks, f"{name} has no examples"
+
+
+@posix
+def test_docs_readme_examples_run(home: Home) -> None:
+    """The examples of README.md run as they stand, one after the other."""
+    run_examples(home, "README.md")
+
+
+@posix
+def test_docs_manual_examples_run(home: Home) -> None:
+    """The examples of docs/manual.md run as they stand, one after the other."""
+    run_examples(home, "docs/manual.md")
+
+
+def anchor_of(heading: str) -> str:
+    """The anchor by which a link finds a heading."""
+    return "#" + re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+
+
+def test_docs_links_lead_somewhere() -> None:
+    """Each link between the documents leads to a file that is there, and to a heading that it has."""
+    broken = []
+    for name in ("README.md", "docs/manual.md", "design.md"):
+        prose = re.sub(r"^```.*?^```$", "", document(name), flags=re.S | re.M)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            file, _, anchor = target.partition("#")
+            if "://" not in target:
+                there = (HERE / name).parent / file if file else HERE / name
+                heads = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.M) if there.exists() else []
+                if not there.exists() or (anchor and f"#{anchor}" not in map(anchor_of, heads)):
+                    broken.append((name, target))
+    same(broken, [])
 
 
 def test_docs_design_has_a_diagram_of_every_state() -> None:

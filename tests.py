@@ -4391,6 +4391,13 @@ def test_docs_design_has_a_diagram_of_every_state() -> None:
     assert any(all(state.value in block for state in q.State) for block in blocks)
 
 
+def test_docs_design_names_tests_that_there_are() -> None:
+    """Each test that design.md names as the proof of a promise is in this file."""
+    named = set(re.findall(r"`(test_\w+)`", document("design.md")))
+    same({name for name in named if name not in globals()}, set())
+    assert named
+
+
 @windows
 def test_docs_demo_bat_runs(home: Home) -> None:
     """demo.bat runs to its end."""

@@ -2788,6 +2788,14 @@ def test_completion_and_service_print_what_they_are_for(home: Home) -> None:
         same((ran.returncode, ran.stdout + ran.stderr), (0, ""))
 
 
+def test_module_runs_as_the_program_does(home: Home) -> None:
+    """`python -m queuectl`, which Python keeps compiled, takes the same words as the script."""
+    ran = subprocess.run([sys.executable, "-m", "queuectl", "enqueue", "--id", "m", "--", "echo one"],
+                         cwd=HERE, env=home.env, capture_output=True, text=True)  # fmt: skip
+    same((ran.returncode, ran.stdout, ran.stderr), (0, "m\n", ""))
+    same(home.json("show", "m")["command"], "echo one")
+
+
 def test_man_has_every_command_option_field_and_key(home: Home) -> None:
     """The manual page has a subsection for each command with all its options, each field, key and exit code."""
     page = home.out("man").replace(r"\-", "-")

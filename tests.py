@@ -4352,7 +4352,7 @@ def run_examples(home: Home, name: str) -> None:
     (bin / "queuectl").chmod(0o755)
     path = os.pathsep.join([str(bin), os.path.dirname(sys.executable), home.env["PATH"]])
     env = home.env | {"PATH": path, "HOME": str(home.root)}
-    blocks = re.findall(r"^(<!-- not run: .+ -->\n\n?)?```sh\n(.*?)^```$", document(name), re.S | re.M)
+    blocks = re.findall(r"^(<!-- not run: [^\n]+ -->\n\n?)?```sh\n(.*?)^```$", document(name), re.S | re.M)
     for marked, block in blocks:
         if not marked:
             ran = subprocess.run(["sh", "-e", "-c", block], env=env, cwd=home.work, stdin=subprocess.DEVNULL,

@@ -3599,7 +3599,7 @@ class JobLog:
     """The log of a job, open for one attempt.
 
     Where there is none yet, what the attempt writes goes to its worker's spool, which becomes the log at the
-    first look of `tend`, or at the end where it cannot serve the next job.
+    first call of `enforce_limit`, or at the end where it cannot serve the next job.
     """
 
     def __init__(self, path: str, attempt: int, spool: Spool | None, limit: int) -> None:
@@ -3622,7 +3622,7 @@ class JobLog:
         with contextlib.suppress(OSError), os.fdopen(open_log(self.at), "ab") as file:
             file.write(text.encode())
 
-    def tend(self) -> None:
+    def enforce_limit(self) -> None:
         """See that it is in its place, and drop what was written beyond the limit."""
         if self.at != self._path:
             self._take_place()
@@ -3645,7 +3645,7 @@ class JobLog:
         if self._spool and self.at != self._path and self._spool.give_back(self._fd):
             self.trouble = None  # nothing was written that could be lost
             return 0
-        self.tend()
+        self.enforce_limit()
         end = self._size()
         os.close(self._fd)
         if self.trouble:  # what the attempt left running may still write to it: not for the next job
@@ -3731,7 +3731,7 @@ def _watch(
         rung = bell.wait(min(POLL_S, left_s), process)
         if exit := process.poll():
             return end, exit
-        log.tend()
+        log.enforce_limit()
         left_s = deadline - time.monotonic()
         if why := EndReason.TIMED_OUT if left_s <= 0 else interrupted(rung):
             end, left_s = why, POLL_S

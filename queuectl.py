@@ -53,12 +53,16 @@ import os
 import re
 import signal
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
-import click
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("Error: queuectl needs click, which this Python does not have; install it: python3 -m pip install click")
 
 __version__ = "1.0.0"
 
@@ -70,6 +74,7 @@ WORKER_BUSY_TIMEOUT_S = 5.0  # the same for a worker, which then tries again
 BUSY_PAUSES_S = (0.0002, 0.004)  # between two tries for a busy lock: at first, and at most; it doubles
 WRITE_GATE_S = 0.25  # how long a worker waits at the write gate before it goes ahead
 PRUNE_PAUSE_S = 0.01  # between two transactions of `prune`, in which others write
+RESTORE_TRIES = 5  # of a restore while others enqueue
 WAIT_POLL_S = 0.02  # poll interval of a command that waits
 FOLLOW_POLL_S = 0.1  # poll interval of `logs --follow`
 PAGE_BYTES = 2048  # a job's step changes six or seven pages, and the WAL takes them whole
@@ -110,6 +115,10 @@ class StoreError(QueueError):
 
 class StoreBusy(StoreError):
     """Another program held the database for longer than we wait."""
+
+
+class Damaged(StoreError):
+    """The database holds what queuectl would never have stored."""
 
 
 class Conflict(StoreError):
@@ -164,13 +173,14 @@ def iso_time(ms: int | None) -> str | None:
     if ms is None:
         return None
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-    moment = epoch + datetime.timedelta(milliseconds=ms)  # fromtimestamp fails on Windows from the year 3001 on
+    within = min(max(0, ms), MAX_SECONDS * 1000)  # a damaged row may hold any number
+    moment = epoch + datetime.timedelta(milliseconds=within)  # fromtimestamp fails on Windows from the year 3001 on
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def duration(seconds: float) -> str:
     """A length of time, in the two units that matter."""
-    if seconds < 10:
+    if seconds < 10 or seconds == math.inf:
         return f"{seconds:.3g} s"
     units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
     parts: list[str] = []
@@ -318,20 +328,106 @@ COLUMNS = Job._fields
 JSON_COLUMNS = ("command", "env", "after", "ok_codes", "no_retry_codes")
 _JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
 _FLAG_PLACES = tuple(COLUMNS.index(name) for name in ("hold", "snooze", "cancelling"))
+_MOMENT_PLACES = tuple(COLUMNS.index(name) for name in COLUMNS if name.endswith("_at"))
 _STATE_PLACE = COLUMNS.index("state")
 _from_json = json.JSONDecoder().raw_decode  # json.loads would look for blanks at both ends
 
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")  # of a job, a queue, a tag
+
+# The types that each kind of column may hold, and what stands in for any other.
+_INTEGER: tuple[frozenset[type], Any] = (frozenset({int}), 0)
+_INTEGER_OR_NULL: tuple[frozenset[type], Any] = (frozenset({int, type(None)}), None)
+_REAL_OR_NULL: tuple[frozenset[type], Any] = (frozenset({float, int, type(None)}), None)  # RETURNING has 0 for 0.0
+_WORDS: tuple[frozenset[type], Any] = (frozenset({str}), "?")
+_WORDS_OR_NULL: tuple[frozenset[type], Any] = (frozenset({str, type(None)}), None)
+
+_KINDS = (
+    dict.fromkeys(COLUMNS, _INTEGER)
+    | dict.fromkeys(("id", "command", "queue", "cwd", "on_lost", "state"), _WORDS)
+    | dict.fromkeys(("tag", "key", "env", "after", "ok_codes", "no_retry_codes", "error"), _WORDS_OR_NULL)
+    | dict.fromkeys(("timeout", "backoff_base"), _REAL_OR_NULL)
+    | dict.fromkeys(
+        ("max_retries", "run_at", "due_at", "failed_parent", "started_at", "finished_at", "exit_code", "worker"),
+        _INTEGER_OR_NULL,
+    )
+)
+_LEGAL_TYPES = tuple(_KINDS[name][0] for name in COLUMNS)
+
 
 def job_from_row(row: Sequence[Any]) -> Job:
-    """The job that a row of COLUMNS holds; ValueError for a state that does not exist."""
+    """The job that a row of COLUMNS holds; Damaged where it holds none."""
+    if not all(map(operator.contains, _LEGAL_TYPES, map(type, row))):
+        raise Damaged(f"its row is damaged: {_first_misfit(row)} has a value of the wrong type")
     values = list(row)
-    for place in _JSON_PLACES:
-        if values[place] is not None:
-            values[place], _ = _from_json(values[place])
+    try:
+        for place in _JSON_PLACES:
+            if values[place] is not None:
+                values[place], _ = _from_json(values[place])
+        values[_STATE_PLACE] = State(values[_STATE_PLACE])
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"its row is damaged: {printable(str(error))}") from None
     for place in _FLAG_PLACES:
         values[place] = bool(values[place])
-    values[_STATE_PLACE] = State(values[_STATE_PLACE])
-    return Job._make(values)
+    job = Job._make(values)
+    wrong = _wrong_value(job) or _wrong_moment(values)
+    if wrong:
+        raise Damaged(f"its row is damaged: {wrong} has a value that it cannot have")
+    return job
+
+
+def _first_misfit(row: Sequence[Any]) -> str:
+    return next(name for name, value in zip(COLUMNS, row, strict=True) if type(value) not in _KINDS[name][0])
+
+
+def _wrong_moment(values: Sequence[Any]) -> str | None:
+    for place in _MOMENT_PLACES:
+        if values[place] is not None and not 0 <= values[place] <= MAX_SECONDS * 1000:
+            return COLUMNS[place]
+    return None
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+
+
+def _wrong_value(job: Job) -> str | None:
+    """The first field whose value no job can have, of those that could harm a worker or a terminal."""
+    if not NAME.fullmatch(job.id):  # it names the log
+        return "id"
+    if not job.queue.isprintable() or not (job.tag is None or job.tag.isprintable()):
+        return "queue or tag"
+    if type(job.command) is not str and not _is_words(job.command):
+        return "command"
+    if job.timeout is not None and not 0 <= job.timeout < math.inf:
+        return "timeout"
+    if job.backoff_base is not None and not 0 < job.backoff_base < math.inf:
+        return "backoff_base"
+    if job.env is not None and not (type(job.env) is dict and all(type(value) is str for value in job.env.values())):
+        return "env"
+    if any(codes is not None and type(codes) is not list for codes in (job.after, job.ok_codes, job.no_retry_codes)):
+        return "after, ok_codes or no_retry_codes"
+    return None
+
+
+def readable_job(row: Sequence[Any]) -> Job:
+    """The same for those who show it: what is damaged is left out, and the job's error says so."""
+    try:
+        return job_from_row(row)
+    except Damaged as error:
+        values = dict(zip(COLUMNS, fitting(row, [_KINDS[name] for name in COLUMNS]), strict=True))
+        for name in ("env", "after", "ok_codes", "no_retry_codes", "timeout", "backoff_base"):
+            values[name] = None
+        for name in ("id", "queue", "command", "tag"):
+            values[name] = values[name] and printable(values[name])
+        for name in (name for name in COLUMNS if name.endswith("_at")):
+            values[name] = values[name] and min(max(0, values[name]), MAX_SECONDS * 1000)
+        known = values["state"] in [state.value for state in State]
+        return Job(**values | {"state": State(values["state"]) if known else State.DEAD, "error": str(error)})
+
+
+def fitting(row: Sequence[Any], kinds: Sequence[tuple[frozenset[type], Any]]) -> list[Any]:
+    """The values of a row, each that is of another type than its column's replaced."""
+    return [value if type(value) in legal else blank for value, (legal, blank) in zip(row, kinds, strict=True)]
 
 
 class Attempt(NamedTuple):
@@ -349,6 +445,17 @@ class Attempt(NamedTuple):
     cpu_s: float | None
     log_start: int | None  # where its output begins and ends in the log, bytes
     log_end: int | None
+
+
+_ATTEMPT_KINDS = (
+    *[_INTEGER] * 4, *[_INTEGER_OR_NULL] * 2, _WORDS, _WORDS_OR_NULL, _INTEGER_OR_NULL, _REAL_OR_NULL,
+    *[_INTEGER_OR_NULL] * 2,
+)  # fmt: skip
+
+
+def attempt_from_row(row: Sequence[Any]) -> Attempt:
+    """The attempt that a row holds; what is damaged is left out."""
+    return Attempt._make(fitting(row, _ATTEMPT_KINDS))
 
 
 class Outcome(NamedTuple):
@@ -390,7 +497,7 @@ class WorkerRow(NamedTuple):
     drain: bool
     stop: str | None
     started_at: int
-    job: str | None
+    job: str | None  # its id
 
     @property
     def state(self) -> str:
@@ -400,6 +507,24 @@ class WorkerRow(NamedTuple):
     def takes(self, queue: str) -> bool:
         """Would it run a job of this queue?"""
         return not self.stop and (self.queues is None or queue in self.queues)
+
+
+_WORKER_KINDS = (
+    _INTEGER, _INTEGER, _WORDS, _INTEGER, _WORDS_OR_NULL, _INTEGER, _WORDS_OR_NULL, _INTEGER, _WORDS_OR_NULL,
+)  # fmt: skip
+
+
+def worker_from_row(row: Sequence[Any]) -> WorkerRow:
+    """The worker that a row holds; what is damaged is left out, and one whose queues are takes none."""
+    values = fitting(row, _WORKER_KINDS)
+    if values[4] is not None:
+        try:
+            found, _ = _from_json(values[4])
+        except (ValueError, RecursionError):
+            found = None
+        values[4] = found if _is_words(found) else []
+    values[5], values[8] = bool(values[5]), values[8] and printable(values[8])
+    return WorkerRow._make(values)
 
 
 class QueueRow(NamedTuple):
@@ -433,7 +558,6 @@ class StopRequest(NamedTuple):
 
 Spec = dict[str, Any]  # the fields of a job to be, checked; Store._as_columns makes columns of them
 _Check = Callable[[Any], Any]
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
 _DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?")
 
 
@@ -452,7 +576,7 @@ def _text(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    if not _NAME.fullmatch(_text(value)):
+    if not NAME.fullmatch(_text(value)):
         raise BadInput(
             "must be 1 to 128 of letters, digits, '.', '_' and '-', start with a letter or digit and not end in '.'"
         )
@@ -1390,16 +1514,25 @@ def _is_busy(error: Exception) -> bool:
 
 def _domain_error(path: str, error: Exception) -> QueueError:
     """sqlite3's error as ours, in one line that says what to do."""
-    text = str(error)
+    text = printable(str(error))
     if isinstance(error, UnicodeEncodeError):
         return BadInput("what was given is not valid Unicode")
+    path = printable(path)
+    if "json" in text and "no such" in text:
+        return StoreError(f"needs an SQLite with its JSON functions; this Python's {sqlite3.sqlite_version} has none")
     if _is_busy(error):
         return StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done")
     if "full" in text or "disk I/O" in text:  # a shared memory file that cannot grow is an I/O error
         return StoreError(f"cannot write {path}, its disk is full or failing ({text}); nothing was stored")
-    if "not a database" in text or "malformed" in text:
-        return StoreError(f"{path} is damaged ({text}); move it away, or put a backup in its place")
+    is_damage = ("not a database", "malformed", "no such", "decode", "too big")
+    if isinstance(error, UnicodeDecodeError) or any(words in text for words in is_damage):
+        return Damaged(f"{path} is damaged ({text}); move it away, or put a backup in its place")
     return StoreError(f"cannot use {path}: {text}")
+
+
+def _any_text(value: bytes) -> str:
+    """A text of the database, also where its bytes are no UTF-8."""
+    return value.decode(errors="surrogateescape")
 
 
 def sqlite_version() -> str:
@@ -1443,7 +1576,7 @@ class Database:
         self.path, self.busy_timeout_s = path, busy_timeout_s
         try:
             self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(path, error) from error
         self._writing = Transaction(self._connection, self.run, "BEGIN IMMEDIATE")
         self._staging = Transaction(self._connection, self.run, "BEGIN")
@@ -1471,15 +1604,19 @@ class Database:
         if self.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
         with self.writing():  # two processes may be here at once: look again inside
-            for _, statements in MIGRATIONS[self._schema_version() :]:
+            version = self._schema_version()
+            for _, statements in MIGRATIONS[version:]:
                 for statement in statements:
                     self.run(statement)
+            if version:  # workers of the older queuectl claim nothing from this moment on
+                self.run("UPDATE workers SET stop = 'finish' WHERE stop IS NULL")
             self.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _schema_version(self) -> int:
         """The schema's version; StoreError where it is newer than this file, or not ours."""
-        version, application, has_tables = self.one(  # in one statement: another may be making them
-            """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master)
+        version, application, has_tables, _ = self.one(  # in one statement: another may be making them
+            """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master),
+                json_array()  -- an SQLite before 3.38 may have been built without it
             FROM pragma_user_version, pragma_application_id"""
         )
         if application != APPLICATION_ID and (version or has_tables):
@@ -1487,6 +1624,10 @@ class Database:
         if version > len(MIGRATIONS):
             raise StoreError(f"{self.path} was made by a newer queuectl (schema {version}); upgrade queuectl")
         return int(version)
+
+    def is_newer(self) -> bool:
+        """Has a newer queuectl brought the schema up since this database was opened?"""
+        return bool(self.one("PRAGMA user_version")[0] > len(MIGRATIONS))
 
     # ---- statements
 
@@ -1504,10 +1645,11 @@ class Database:
 
     def rows(self, sql: str) -> Iterator[Any]:
         """The rows of a statement one by one, for those that may be many."""
+        self._connection.text_factory = _any_text  # it cannot begin again, as `_until_free` does
         try:
             for row in self._connection.execute(sql):  # noqa: UP028 (that would close it, after the database perhaps)
                 yield row
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(self.path, error) from error
 
     def one(self, sql: str, **values: Any) -> Any:
@@ -1522,7 +1664,7 @@ class Database:
         """Run a statement for each row."""
         try:
             self._connection.executemany(sql, rows)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(self.path, error) from error
 
     def _until_free(self, action: Callable[[], _Result]) -> _Result:
@@ -1539,12 +1681,25 @@ class Database:
                 return action()
             except sqlite3.IntegrityError as error:
                 raise Conflict(str(error)) from error
-            except (sqlite3.Error, UnicodeEncodeError) as error:
+            except (sqlite3.Error, UnicodeError) as error:
+                if self._learns_to_decode(error):
+                    continue
                 if not _is_busy(error) or left_s <= 0:
                     raise _domain_error(self.path, error) from error
             time.sleep(pause_s)
             left_s -= pause_s
             pause_s = min(2 * pause_s, most_s)
+
+    def _learns_to_decode(self, error: Exception) -> bool:
+        """Take any bytes for text from now on, where some were none; may the statement be run again?
+
+        sqlite3's own decoding is faster, and bytes that are no text are rare. A statement that has changed
+        something already is not run again, its transaction is.
+        """
+        if "decode to UTF-8" not in str(error) or self._connection.text_factory is not str:
+            return False
+        self._connection.text_factory = _any_text
+        return not self._connection.in_transaction
 
     # ---- change notice and durability
 
@@ -1578,14 +1733,14 @@ class Database:
         try:
             with contextlib.closing(sqlite3.connect(path)) as copy:
                 self._connection.backup(copy)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(path, error) from error
 
-    def restore(self, path: str, inspect: Callable[[Database], None]) -> None:
-        """Replace this database by a copy.
+    def restore(self, copy: Database, inspect: Callable[[Database], None]) -> None:
+        """Replace this database by another, in one step.
 
         `inspect` is given a second connection to the queue as it is once nobody else can change it; it raises
-        where the queue is to stay as it is. StoreError where the copy is none, or damaged, or newer than this file.
+        where the queue is to stay as it is.
         """
         seen: list[bool] = []
 
@@ -1598,13 +1753,20 @@ class Database:
         with self.writing():
             pass  # waits for others, and no longer than we do; the copying itself would wait for ever
         try:
-            with contextlib.closing(sqlite3.connect(path)) as copy:
-                _refuse_copy(path, copy)
-                # The progress call comes first with the lock taken, and before the last page.
-                copy.backup(self._connection, pages=10, progress=inspect_once)
-        except sqlite3.Error as error:
-            raise _domain_error(path, error) from error
-        self._bring_up()
+            # The progress call comes first with the lock taken, and before the last page.
+            copy._connection.backup(self._connection, pages=10, progress=inspect_once)
+        except (sqlite3.Error, UnicodeError) as error:
+            raise _domain_error(self.path, error) from error
+
+
+def copy_backup(path: str, to: str) -> None:
+    """Copy a backup to a new file; StoreError where it is none, or damaged, or newer than this file."""
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as backup, contextlib.closing(sqlite3.connect(to)) as copy:
+            _refuse_copy(path, backup)
+            backup.backup(copy)
+    except (sqlite3.Error, UnicodeError) as error:
+        raise _domain_error(path, error) from error
 
 
 def _refuse_copy(path: str, copy: sqlite3.Connection) -> None:
@@ -1664,11 +1826,11 @@ class Queries:
         row = self._db.one(_SELECT + "WHERE id = :id", id=id)
         if not row:
             raise NotFound(f"no job {printable(id)!r}{nearest(id, self.newest_ids())}")
-        return job_from_row(row)
+        return readable_job(row)
 
     def newest_ids(self) -> list[str]:
         """The ids of the newest thousand jobs."""
-        return [row[0] for row in self._db.all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
+        return [str(row[0]) for row in self._db.all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
 
     def exists(self, id: str) -> bool:
         """Is there a job of that id?"""
@@ -1692,7 +1854,7 @@ class Queries:
             states=_json_or_null(list(states) or None),
             tag=where.tag, queue=where.queue, limit=-1 if limit is None else limit,
         )  # fmt: skip
-        return [job_from_row(row) for row in rows]
+        return [readable_job(row) for row in rows]
 
     def not_completed(self, seqs: Sequence[int] | None, limit: int) -> list[Job]:
         """The first of these jobs, with None of all, that ended otherwise."""
@@ -1701,7 +1863,7 @@ class Queries:
                 AND {IS_HOPELESS} ORDER BY seq LIMIT :limit""",
             seqs=_json_or_null(seqs), limit=limit,
         )  # fmt: skip
-        return [job_from_row(row) for row in rows]
+        return [readable_job(row) for row in rows]
 
     def next_of(self, seqs: Sequence[int] | None) -> Job | None:
         """What the end of these jobs, with None of all, hangs on first: one under way, or the oldest that could be."""
@@ -1716,7 +1878,7 @@ class Queries:
             ORDER BY state = 'processing' DESC, seq LIMIT 1""",
             seqs=_to_json(seqs),
         )
-        return job_from_row(row) if row else None
+        return readable_job(row) if row else None
 
     def chosen(self, which: Selection) -> list[Job]:
         """The jobs selected, in whatever state."""
@@ -1754,13 +1916,14 @@ class Queries:
         these = "(SELECT state, 1 AS n FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)))"
         source = "counts" if seqs is None else these
         rows = self._db.all(f"SELECT state, sum(n) FROM {source} GROUP BY state", seqs=_to_json(seqs or ()))
-        return dict.fromkeys(State, 0) | {State(state): n for state, n in rows}
+        sums = {state: n for state, n in rows if type(n) is int}
+        return {state: sums.get(state.value, 0) for state in State}
 
     def history(self, job: Job) -> list[Attempt]:
         """The attempts of a job that have ended, oldest first."""
         columns = ", ".join(Attempt._fields)
         rows = self._db.all(f"SELECT {columns} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq)
-        return [Attempt._make(row) for row in rows]
+        return [attempt_from_row(row) for row in rows]
 
     def wait_reasons(
         self, jobs: Sequence[Job], workers: list[WorkerRow], queues: Sequence[QueueRow]
@@ -1784,13 +1947,14 @@ class Queries:
                 AND seq IN (SELECT parent FROM dependencies WHERE child = :seq) ORDER BY seq""",
             seq=job.seq, is_waiting=job.state in WAITING,
         )  # fmt: skip
-        return [row[0] for row in rows]
+        return [printable(str(row[0])) for row in rows]
 
     def times(self, newest: int = 10_000) -> list[tuple[int, int, int]]:
         """When the newest completed jobs could first have run, their last start and their end."""
         return self._db.all(
             """SELECT max(created_at, coalesce(run_at, 0)), started_at, finished_at FROM jobs
-                WHERE state = 'completed' ORDER BY seq DESC LIMIT :newest""",
+                WHERE state = 'completed' AND typeof(created_at) = 'integer' AND typeof(started_at) = 'integer'
+                AND typeof(finished_at) = 'integer' ORDER BY seq DESC LIMIT :newest""",
             newest=newest,
         )
 
@@ -1954,15 +2118,25 @@ class Jobs:
         """Take the best job that may run: highest priority first, then first enqueued.
 
         Its cost depends on the number of queues that hold waiting jobs, not on the number of jobs.
-        None where nothing may run, and for a worker that is to stop or was taken for dead.
+        None where nothing may run, and for a worker that is to stop or was taken for dead. A job whose row is
+        damaged is dead in place of being claimed.
         """
+        with self._db.writing():
+            while row := self._claim_row(worker, queues, now):
+                try:
+                    return job_from_row(row)
+                except Damaged as error:
+                    self.fail_damaged(row[0], str(error), now)
+        return None
+
+    def _claim_row(self, worker: int, queues: Sequence[str] | None, now: int) -> Any:
         with self._db.writing():
             self._db.run(
                 """UPDATE jobs SET due_at = NULL WHERE due_at IS NOT NULL AND due_at <= :now
                     AND hold = 0 AND blockers = 0""",
                 now=now,
             )
-            row = self._db.one(
+            return self._db.one(
                 f"""UPDATE jobs SET state = 'processing', attempts = attempts + 1, worker = :worker,
                     started_at = :now, updated_at = :now, exit_code = NULL, error = NULL
                 WHERE seq = (SELECT seq FROM claimable
@@ -1972,13 +2146,24 @@ class Jobs:
                 RETURNING {_COLUMNS}""",
                 worker=worker, now=now, queues=_json_or_null(queues),
             )  # fmt: skip
-        return job_from_row(row) if row else None
+
+    def fail_damaged(self, seq: int, error: str, now: int) -> None:
+        """Make a job dead whose row cannot be read: it can never run, and would stand in the way of others."""
+        row = self._db.one(
+            f"""UPDATE jobs SET state = 'dead', attempts = max(0, attempts - (state = 'processing')), cancelling = 0,
+                due_at = NULL, updated_at = :now, finished_at = :now, error = :error
+            WHERE seq = :seq RETURNING {_COLUMNS}""",
+            seq=seq, now=now, error=error,
+        )  # fmt: skip
+        self.fail_dependents(readable_job(row), now)
 
     def finish(self, job: Job, outcome: Outcome, settings: Settings, now: int, chance: float = 0.0) -> State | None:
         """End an attempt as the retry policy says; what the job has become.
 
         None, and nothing changed, where that attempt of that worker is no longer under way.
         """
+        if outcome.error and not outcome.error.isascii():  # it may name a file in bytes that are no text
+            outcome = outcome._replace(error=outcome.error.encode(errors="backslashreplace").decode())
         with self._db.writing():
             after = decide(job, outcome, settings, now, chance)
             ended = self._db.run(
@@ -2020,6 +2205,9 @@ class Jobs:
 
     def restart_backoffs(self, now: int) -> None:
         """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
+        ahead = "SELECT 1 FROM jobs WHERE state = 'failed' AND updated_at > :now LIMIT 1"
+        if not self._db.one(ahead, now=now):
+            return
         with self._db.writing():
             self._db.run(
                 """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
@@ -2030,7 +2218,7 @@ class Jobs:
     def running_jobs(self, worker: int) -> list[Job]:
         """The attempts that a worker has not ended: one at the most."""
         rows = self._db.all(_SELECT + "WHERE state = 'processing' AND worker = :worker", worker=worker)
-        return [job_from_row(row) for row in rows]
+        return [readable_job(row) for row in rows]
 
 
 class Config:
@@ -2045,9 +2233,22 @@ class Config:
         """The configuration in force."""
         rows = self._db.all("SELECT key, value FROM config")
         if rows != self._rows:
-            self._settings = Settings(**{key: json.loads(value) for key, value in rows if key in SETTINGS})
+            self._settings = Settings(**dict(self._legal(rows)))
             self._rows = rows
         return self._settings
+
+    def damaged_keys(self) -> list[str]:
+        """The keys whose values cannot be read, so that their defaults hold."""
+        rows = [row for row in self._db.all("SELECT key, value FROM config") if row[0] in SETTINGS]
+        legal = dict(self._legal(rows))
+        return [key for key, _ in rows if key not in legal]
+
+    @staticmethod
+    def _legal(rows: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+        for key, value in rows:
+            with contextlib.suppress(ValueError, TypeError, RecursionError, BadInput):
+                if key in SETTINGS:
+                    yield key, SETTINGS[key].check(json.loads(value))
 
     def set(self, key: str, value: Any) -> None:
         """Set a key, or with None go back to its default."""
@@ -2169,7 +2370,7 @@ class Changes:
                 SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
                 WHERE waiting.{IS_WAITING}) ORDER BY seq"""
         )
-        return [job_from_row(row) for row in rows]
+        return [readable_job(row) for row in rows]
 
     def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
         """Remove jobs that ended before a moment, a batch at a time; the ids of each batch.
@@ -2252,8 +2453,7 @@ class Workers:
                 LEFT JOIN (SELECT worker, id FROM jobs WHERE state = 'processing') AS busy ON busy.worker = workers.id
                 ORDER BY slot"""
         )
-        decoded = (row[:4] + (row[4] and json.loads(row[4]), bool(row[5])) + row[6:] for row in rows)
-        return [WorkerRow(*row) for row in decoded]
+        return [worker_from_row(row) for row in rows]
 
     def ids(self) -> list[int]:
         """Their ids alone: what workers ask once a second must not cost more the more they are."""
@@ -2288,12 +2488,15 @@ class Queues:
                 LEFT JOIN queues ON queues.name = names.queue ORDER BY names.queue"""
         )
         counts: dict[str, dict[str, int]] = {}
-        for state, queue, n in self._db.all("SELECT state, queue, n FROM counts"):
+        for state, queue, n in self._db.all("SELECT state, queue, n FROM counts WHERE typeof(n) = 'integer'"):
             counts.setdefault(queue, {})[state] = n
         return [
-            QueueRow(name, bool(paused), limit, {s: counts.get(name, {}).get(s.value, 0) for s in State})
+            QueueRow(
+                printable(str(name)), bool(paused), limit if type(limit) is int else None,
+                {s: counts.get(name, {}).get(s.value, 0) for s in State},
+            )
             for name, paused, limit in rows
-        ]
+        ]  # fmt: skip
 
     def ready(self) -> list[str]:
         """The queues in which a job waits for nothing but a worker."""
@@ -2329,8 +2532,8 @@ class Queues:
 class Upkeep:
     """The health of a queue: integrity, repair, backup, restore."""
 
-    def __init__(self, db: Database) -> None:
-        self._db = db
+    def __init__(self, db: Database, jobs: Jobs, config: Config) -> None:
+        self._db, self._jobs, self._config = db, jobs, config
 
     def damage(self) -> list[str]:
         """What is wrong with the file of the database; nothing where it is whole."""
@@ -2354,12 +2557,26 @@ class Upkeep:
             [f"the count of {state} jobs in queue {queue} is off by {n}" for queue, state, n in counts]
             + [f"job {id} waits for a wrong number of parents" for (id,) in blocked]
             + [f"job {id} is processing with a worker that does not exist" for (id,) in ownerless]
-        )
+            + [f"job {id}: {error}; remove it: queuectl dlq purge {id}" for _, id, _, error in self.damaged_rows()]
+            + [f"config {key} is damaged, its default holds: queuectl config unset {key}"
+               for key in self._config.damaged_keys()]
+        )  # fmt: skip
+
+    def damaged_rows(self) -> Iterator[tuple[int, str, State, str]]:
+        """The jobs whose rows cannot be read: number, id, state, and what is wrong."""
+        for row in self._db.rows(_SELECT):
+            try:
+                job_from_row(row)
+            except Damaged as error:
+                yield row[0], readable_job(row).id, readable_job(row).state, str(error)
 
     def repair(self, now: int) -> None:
-        """Make counters and links anew from the rows, and the indexes from the tables."""
+        """Make counters and links anew from the rows, and the indexes from the tables; damaged jobs are dead."""
         with self._db.writing():
             self._db.run("REINDEX")
+            for seq, _, state, error in list(self.damaged_rows()):
+                if state in OPEN:
+                    self._jobs.fail_damaged(seq, error, now)
             self._db.run("DELETE FROM counts")
             self._db.run("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
             self._db.run(
@@ -2373,31 +2590,69 @@ class Upkeep:
                 now=now,
             )
 
-    def back_up(self, path: str) -> None:
-        """A consistent copy of the database, while workers go on."""
+    def back_up(self, path: str, now: int) -> None:
+        """A consistent copy of the database, while workers go on; it holds no workers."""
         self._db.back_up(path)
+        with contextlib.closing(Database(path)) as copy:
+            Store(copy).upkeep.leave_workers_behind(now)
 
-    def restore(self, path: str, refuse: Callable[[list[WorkerRow]], None]) -> None:
-        """Replace the queue by a copy; numbers used since, workers' too, are not used again.
-
-        `refuse` is given the workers of the queue once nobody can change it any more, and raises where it is to stay.
-        """
-        used: list[Any] = []
-
-        def inspect(before: Database) -> None:
-            refuse(Store(before).workers.all())
-            used.extend(before.all("SELECT name, seq FROM sqlite_sequence"))
-
-        self._db.restore(path, inspect)
+    def leave_workers_behind(self, now: int) -> None:
+        """Take the workers out of a copy: none of them knows of it. The attempts that ran are lost to it."""
         with self._db.writing():
-            for table, seq in used:
-                self._number_from(table, seq)
+            for row in self._db.all(_SELECT + "WHERE state = 'processing'"):
+                job = readable_job(row)
+                lost = Outcome(EndReason.LOST, error="the queue was copied while it ran")
+                if self._jobs.finish(job, lost, self._config.settings(), now) is None:
+                    self._jobs.fail_damaged(job.seq, "its row is damaged: it belongs to no attempt", now)
+            self._db.run("DELETE FROM workers")
 
-    def _number_from(self, table: str, seq: int) -> None:
-        """Let the next row of a table have a number above this one."""
-        values = {"table": table, "seq": seq}
-        if not self._db.run("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
-            self._db.run("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
+    def restore(self, path: str, workspace: str, now: int, refuse: Callable[[list[WorkerRow]], None]) -> None:
+        """Replace the queue by a backup; numbers used since, workers' too, are not used again.
+
+        All that has to be changed in the backup is changed in a copy of it in `workspace`: the queue goes over to
+        it in one step. `refuse` is given the workers of the queue once nobody can change it any more, and raises
+        where it is to stay.
+        """
+        for n in range(RESTORE_TRIES):
+            if self._restore_once(path, f"{workspace}/{n}.db", now, refuse):
+                return
+        raise StoreBusy("others keep adding to the queue; nothing was restored, try again when they are done")
+
+    def _restore_once(self, path: str, made: str, now: int, refuse: Callable[[list[WorkerRow]], None]) -> bool:
+        """False where numbers were used after the copy was made that stands ready."""
+        used = self._numbers()
+        copy_backup(path, made)
+        with contextlib.closing(Database(made)) as copy:
+            upkeep = Store(copy).upkeep
+            upkeep.leave_workers_behind(now)
+            upkeep._use_numbers(used)
+
+            def inspect(before: Database) -> None:
+                refuse(Store(before).workers.all())
+                if Store(before).upkeep._numbers() != used:
+                    raise _NumbersUsed
+
+            try:
+                self._db.restore(copy, inspect)
+            except _NumbersUsed:
+                return False
+        return True
+
+    def _numbers(self) -> list[Any]:
+        """The last number that was given to a row, by table."""
+        return self._db.all("SELECT name, seq FROM sqlite_sequence ORDER BY name")
+
+    def _use_numbers(self, numbers: Iterable[tuple[str, int]]) -> None:
+        """Let the next row of each table have a number above these."""
+        with self._db.writing():
+            for table, seq in numbers:
+                values = {"table": table, "seq": seq}
+                if not self._db.run("UPDATE sqlite_sequence SET seq = max(seq, :seq) WHERE name = :table", **values):
+                    self._db.run("INSERT INTO sqlite_sequence VALUES (:table, :seq)", **values)
+
+
+class _NumbersUsed(Exception):
+    """A restore begins again: somebody has enqueued meanwhile."""
 
 
 class Store:
@@ -2408,8 +2663,9 @@ class Store:
 
     def __init__(self, db: Database) -> None:
         self.db = db
-        self.queries, self.config, self.queues, self.upkeep = Queries(db), Config(db), Queues(db), Upkeep(db)
+        self.queries, self.config, self.queues = Queries(db), Config(db), Queues(db)
         self.jobs = Jobs(db, self.queries)
+        self.upkeep = Upkeep(db, self.jobs, self.config)
         self.changes = Changes(db, self.jobs, self.queries, self.config)
         self.workers = Workers(db, self.jobs)
 
@@ -2504,6 +2760,22 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # to open a FIFO without waiting for its other end
+
+
+def require_regular(fd: int, path: str) -> int:
+    """A descriptor; closed, and OSError, where it is of a FIFO, a device or the like, which may let a process wait."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return fd
+
+
+def remove_log(path: str) -> None:
+    """Remove a job's log."""
+    remove_file(path)
+
+
 # What follows exists twice, once for Windows and once for POSIX, by the same names, parameters and order:
 #
 #   files
@@ -2520,6 +2792,7 @@ def remove_file(path: str) -> None:
 #   write gate
 #     WriteGate            lets the workers that want to write in, one after the other; does nothing on Windows
 #   processes
+#     exit_status          an exit code as this system takes it from a program
 #     Process              a command and all that it starts
 #     end_leftovers        end what a dead worker's attempt left running
 #     memory_kills         how many processes the system has ended for want of memory; 0 on Windows
@@ -2672,6 +2945,10 @@ if sys.platform == "win32":
             """Nothing is held."""
 
     # ---- processes
+
+    def exit_status(code: int) -> int:
+        """An exit code as this system takes it: of 32 bits, and signed for Python."""
+        return (code + 2**31) % 2**32 - 2**31
 
     _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
     # A hidden console of its own: no window, and no Ctrl-C that is meant for somebody else.
@@ -3024,6 +3301,10 @@ else:
 
     # ---- processes
 
+    def exit_status(code: int) -> int:
+        """An exit code as this system takes it: of 8 bits. Windows has larger ones, and none of those is success."""
+        return code if 0 <= code < 256 else code % 256 or 1
+
     _Identity = tuple[int, str]  # a process id and when that process started
     _HAS_PROC = os.path.isdir("/proc/self/fd")  # Linux; elsewhere `ps` tells what it can
     _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
@@ -3322,15 +3603,16 @@ def open_home() -> Home:
 def home_problems(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> Iterator[str]:
     """What is wrong with a home besides its database, which tells whether it has a job and which workers there are."""
     for path in (home.path, home.database, home.worker_log):
+        shown = printable(path)
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
-            yield f"{path} cannot be read and written"
+            yield f"{shown} cannot be read and written"
         elif os.path.exists(path) and is_open_to_others(path):
-            yield f"{path} can be read by others; run: chmod go= {path}"
+            yield f"{shown} can be read by others; run: chmod go= {shown}"
     if is_remote(home.path):
-        yield f"{home.path} is on a network file system, which cannot hold a WAL database; use a local one"
+        yield f"{printable(home.path)} is on a network file system, which cannot hold a WAL database; use a local one"
     stray = stray_logs(home, has_job, workers)
     if stray:
-        yield f"{len(stray)} logs belong to no job, {stray[0]} among them"
+        yield f"{len(stray)} logs belong to no job, {printable(stray[0])} among them"
 
 
 def stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> list[str]:
@@ -3377,9 +3659,28 @@ def refuse_own(home: Home, path: str) -> None:
         raise BadInput(f"{printable(path)} is no file that could be replaced; name another")
 
 
-def replace_file(made: str, path: str) -> None:
-    """Put a finished file in its place, in one step."""
-    os.replace(made, path)
+@contextlib.contextmanager
+def new_file_for(path: str) -> Iterator[str]:
+    """A new file beside that of a path, for its owner alone, which takes its place in one step once it is whole."""
+    import tempfile
+
+    folder, name = os.path.split(path)
+    fd, made = tempfile.mkstemp(".part", f".{name}.", folder or os.curdir)  # never one that somebody has made
+    os.close(fd)
+    try:
+        yield made
+        os.replace(made, path)
+    finally:
+        remove_file(made)
+
+
+@contextlib.contextmanager
+def workspace(home: Home) -> Iterator[str]:
+    """A directory in the home for what is made on the way, and gone after it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix=".restore-", dir=home.path) as path:
+        yield path
 
 
 def size_of(path: str) -> int:
@@ -3391,8 +3692,8 @@ def size_of(path: str) -> int:
 
 
 def make_private_file(path: str) -> None:
-    """A file for its owner alone; one that is there stays as it is."""
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    """A file for its owner alone; one that is there stays as it is. OSError where it is no file."""
+    os.close(require_regular(os.open(path, os.O_CREAT | os.O_RDWR | NONBLOCK, 0o600), path))
 
 
 def now_ms() -> int:
@@ -3434,10 +3735,10 @@ def wants_colour() -> bool | None:
 
 
 def terminal_columns() -> int:
-    """How wide the terminal is."""
+    """How wide the terminal is; 80 where it does not say."""
     import shutil
 
-    return shutil.get_terminal_size().columns
+    return shutil.get_terminal_size().columns or 80  # Python 3.10 hands on what a terminal of no size says
 
 
 def silence_output() -> None:
@@ -3464,7 +3765,7 @@ def leaving_at_once() -> Iterator[None]:
             sys.stderr.flush()
         except OSError as error:  # whoever read it may just have seen enough
             code = code or int(error.errno not in (errno.EPIPE, errno.EINVAL))
-        os._exit(code)
+        os._exit(exit_status(code))
 
 
 def here(directory: str = "") -> str:
@@ -3800,13 +4101,15 @@ class Worker:
         self._write_gate = WriteGate(home)
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
-        self._clock_offset_ms = self._offset_ms()
+        self._is_outdated = False  # a newer queuectl has changed the schema
+        self._clock_offset_ms = math.inf  # the first check finds backoffs that a wrong clock had begun
         self._seen = -1  # `commits_seen` when the last claim began
         self._next_poll_s = self._next_recovery_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
         self._memory_kills = 0
         self._complaint = ""
         self._duties = [
             Duty(DUTY_S, self._check_home),
+            Duty(DUTY_S, self._check_schema),
             Duty(DUTY_S, self._check_clock),
             Duty(DUTY_S, self._note_memory_kills),
             Duty(DUTY_S, self._recover_dead_workers),
@@ -3856,7 +4159,7 @@ class Worker:
                 ended = store.jobs.finish(*report, self._settings, now, chance=self._clock.chance())
             hook = hook_for(ended, self._settings)
             self._settings = store.config.settings()
-            is_resting = self._signals or self._is_homeless or hook
+            is_resting = self._signals or self._is_homeless or self._is_outdated or hook
             job = None if is_resting else store.jobs.claim(self._row.id, self._row.queues, now)
         if report and hook:
             self._hooks.append((report[0].id, hook))
@@ -3926,7 +4229,7 @@ class Worker:
         request = self._stop_request(None)
         if not request.registered:
             self._log("its home is gone, leaves" if self._is_homeless else "its row was removed by a peer, leaves")
-        return bool(self._signals or request.stop or not request.registered)
+        return bool(self._signals or request.stop or not request.registered or self._is_outdated)
 
     def _is_drained(self) -> bool:
         with contextlib.suppress(StoreError):
@@ -3961,7 +4264,7 @@ class Worker:
         """Sleep until there may be something to do."""
         try:
             due = self._store.jobs.next_due()
-            while not (self._signals or self._is_homeless):
+            while not (self._signals or self._is_homeless or self._is_outdated):
                 left_s = POLL_S if due is None else min(POLL_S, (due - self._clock.now_ms()) / 1000)
                 if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._seen:
                     return
@@ -3995,12 +4298,18 @@ class Worker:
         """Notice that the home was removed or replaced."""
         self._is_homeless = not self._home.is_there(self._database)
 
+    def _check_schema(self) -> None:
+        """Notice that a newer queuectl has brought the database up: this one no longer knows what it writes to."""
+        if not self._is_outdated and self._store.db.is_newer():
+            self._is_outdated = True
+            self._log("the queue was brought up by a newer queuectl: leaves; start a new worker")
+
     def _offset_ms(self) -> float:
         """How far the time of day is ahead of the clock that nobody sets."""
         return self._clock.now_ms() - self._clock.monotonic_s() * 1000
 
     def _check_clock(self) -> None:
-        """Notice that the time of day was set back, and count backoffs from now."""
+        """Notice that the time of day was set back, also before this worker came, and count backoffs from now."""
         offset_ms = self._offset_ms()
         if offset_ms < self._clock_offset_ms - 1000:
             self._store.jobs.restart_backoffs(self._clock.now_ms())
@@ -4122,7 +4431,8 @@ def open_worker_log(home: Home, row: WorkerRow, echo: bool) -> Callable[[str], N
         level=logging.INFO, handlers=handlers, datefmt="%Y-%m-%dT%H:%M:%SZ",
         format=f"%(asctime)s worker {row.id}: %(message)s", force=True,
     )  # fmt: skip
-    return logging.getLogger("queuectl").info
+    write = logging.getLogger("queuectl").info
+    return lambda text: write(printable(text))
 
 
 def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) -> list[int]:
@@ -4296,16 +4606,16 @@ def echo_some(echo_err: EchoErr, line: str | None) -> None:
 def findings(home: Home, store: Store) -> Iterator[str]:
     """Each thing that is wrong, with what to do."""
     damage = store.upkeep.damage()
-    yield from (f"damaged: {problem}" for problem in damage)
+    yield from (f"damaged: {printable(problem)}" for problem in damage)
     if damage:
         return
-    yield from store.upkeep.miscounts()
+    yield from map(printable, store.upkeep.miscounts())
     dead = [row for row in store.workers.all() if not is_alive(home, row.id)]
     yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
                 "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
     yield from home_problems(home, store.queries.exists, store.workers.ids)
     if free_bytes(home.path) < LOW_DISK_BYTES:
-        yield f"the disk of {home.path} is nearly full"
+        yield f"the disk of {printable(home.path)} is nearly full"
 
 
 def repair_home(home: Home, store: Store) -> None:
@@ -4317,11 +4627,29 @@ def repair_home(home: Home, store: Store) -> None:
 
 def save_copy(store: Store, file: str) -> None:
     """A copy of the queue in a file, there only once it is whole."""
-    made = f"{file}.part"
-    remove_file(made)  # of a backup that was cut short
-    make_private_file(made)
-    store.upkeep.back_up(made)
-    replace_file(made, file)
+    with new_file_for(file) as made:
+        store.upkeep.back_up(made, now_ms())
+
+
+def restore_copy(home: Home, store: Store, file: str) -> None:
+    """Put a backup in the place of the queue. What dead workers left running is ended first."""
+    rows = store.workers.all()
+    refuse_while_working(home, rows)
+    for row in rows:
+        with contextlib.suppress(Damaged):
+            if recover(home, store, row.id, store.config.settings(), now_ms()) is None:
+                raise QueueError(f"the job of dead worker {row.id} cannot be ended yet; nothing was restored")
+    with workspace(home) as directory:
+        store.upkeep.restore(file, directory, now_ms(), functools.partial(refuse_while_working, home))
+
+
+def remove_logs(home: Home, store: Store, ids: Sequence[str], batch: int = 100) -> None:
+    """Remove the logs of jobs that have been removed, unless there is a new job of that id by now."""
+    for at in range(0, len(ids), batch):
+        with store.db.writing():  # so that none can come between the look and the removal
+            for id in ids[at : at + batch]:
+                if not store.queries.exists(id):
+                    remove_log(home.log(id))
 
 
 def refuse_while_working(home: Home, rows: Sequence[WorkerRow]) -> None:
@@ -4353,6 +4681,8 @@ class Program(click.Group):
         except OSError as error:
             where = error.filename or "output; what was asked for may be done all the same"
             code = _fail(f"{error.strerror or error}: {where}", 1)
+        except Exception as error:  # what no decoder has caught: most likely something in the database
+            code = _fail(f"unexpected {type(error).__name__}: {error}; is the queue well? look: queuectl doctor", 1)
         sys.exit(code or 0)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -4432,6 +4762,9 @@ def refuse_both(one: str | bool, other: str | bool) -> None:
 def width() -> int:
     """Columns of the terminal; wide enough for everything where it is not one."""
     return terminal_columns() if sys.stdout.isatty() else 10_000
+
+
+MOST = 2**63 - 1  # the largest integer of the database
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
@@ -4673,7 +5006,7 @@ def show_status(home: Home, store: Store, as_json: bool) -> None:
 @cli.command("list")
 @click.option("--state", type=click.Choice([state.value for state in State]), help="Those in this state.")
 @tag_and_queue
-@click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N; default 100, with --json all.")
+@click.option("--limit", type=click.IntRange(0, MOST), metavar="N", help="The newest N; default 100, with --json all.")
 @click.option("--sort", type=click.Choice([f"{sign}{key}" for key in SORTS for sign in ("", "-")]), default="seq",
               metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
 @json_option
@@ -4713,8 +5046,8 @@ def show_command(home: Home, store: Store, id: str, as_json: bool) -> None:
 @cli.command("logs")
 @id_argument
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
-@click.option("--tail", type=click.IntRange(0), metavar="N", help="The last N lines alone.")
-@click.option("--attempt", type=click.IntRange(1), metavar="K", help="The output of attempt K alone.")
+@click.option("--tail", type=click.IntRange(0, MOST), metavar="N", help="The last N lines alone.")
+@click.option("--attempt", type=click.IntRange(1, MOST), metavar="K", help="The output of attempt K alone.")
 @click.option("--raw", is_flag=True, help="Every byte, progress bars in all their states.")
 @with_store
 def logs_command(
@@ -4836,7 +5169,7 @@ all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 
 @dlq_group.command("list")
 @tag_and_queue
-@click.option("--limit", type=click.IntRange(0), metavar="N", help="The newest N; default 100, with --json all.")
+@click.option("--limit", type=click.IntRange(0, MOST), metavar="N", help="The newest N; default 100, with --json all.")
 @json_option
 @with_store
 def dlq_list_command(home: Home, store: Store, which: Selection, limit: int | None, as_json: bool) -> None:
@@ -4864,8 +5197,7 @@ def dlq_retry_command(home: Home, store: Store, which: Selection, as_json: bool)
 def dlq_purge_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Remove dead jobs and their logs for good."""
     done = store.changes.purge_dead(which)
-    for id in done:
-        remove_file(home.log(id))
+    remove_logs(home, store, done)
     echo_done(done, "purged", as_json)
 
 
@@ -4956,7 +5288,7 @@ def queue_limit_command(home: Home, store: Store, name: str, limit: str, as_json
 
 def check_limit(text: str) -> int:
     """The limit that a word means; BadInput where it means none."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not 1 <= int(text) < 2**31:
         raise BadInput(f"a limit must be a number of at least 1, or none; not {text!r}")
     return int(text)
 
@@ -4975,8 +5307,7 @@ def prune_command(
     removed = 0
     for ids in store.changes.prune([State(state) for state in states] or ENDED, before, dry_run=dry_run):
         removed += len(ids)
-        for id in () if dry_run else ids:
-            remove_file(home.log(id))
+        remove_logs(home, store, () if dry_run else ids)
     what = "would be removed" if dry_run else "removed"
     answer(as_json, {"removed": removed, "dry_run": dry_run}, [f"{number_of(removed, 'job')} {what}"])
 
@@ -5054,7 +5385,7 @@ def doctor_command(home: Home, store: Store, repair: bool, as_json: bool) -> int
     if repair:
         repair_home(home, store)
     found = list(findings(home, store))
-    surroundings = f"SQLite {sqlite_version()}, {free_bytes(home.path) >> 20} MiB free in {home.path}"
+    surroundings = f"SQLite {sqlite_version()}, {free_bytes(home.path) >> 20} MiB free in {printable(home.path)}"
     answer(as_json, {"ok": not found, "problems": found}, [surroundings, *(found or ["all is well"])])
     return int(bool(found))
 
@@ -5068,12 +5399,11 @@ def backup_command(home: Home, store: Store, file: str, restore: bool, as_json: 
     """Copy the queue to a file while workers run, or restore it from one."""
     refuse_own(home, file)
     if restore:
-        refuse_while_working(home, store.workers.all())
-        store.upkeep.restore(require_file(file), functools.partial(refuse_while_working, home))
+        restore_copy(home, store, require_file(file))
     else:
         save_copy(store, file)
     count = sum(store.queries.counts().values())
-    done = f"{'restored from' if restore else 'saved to'} {file}: {number_of(count, 'job')}"
+    done = f"{'restored from' if restore else 'saved to'} {printable(file)}: {number_of(count, 'job')}"
     answer(as_json, {"file": file, "jobs": count}, [done])
 
 

@@ -549,10 +549,11 @@ def test_job_goes_through_the_database_unchanged(home: Home) -> None:
 def test_job_of_an_unknown_state_is_refused(home: Home) -> None:
     """A row whose state does not exist is an error, not a job."""
     row = list(a_job())
-    for place in map(q.COLUMNS.index, q.JSON_COLUMNS):
-        row[place] = None
+    for name in ("hold", "snooze", "cancelling"):
+        row[q.COLUMNS.index(name)] = 0
+    row[q.COLUMNS.index("command")] = '"x"'
     row[q.COLUMNS.index("state")] = "asleep"
-    with refuses(ValueError, "asleep"):
+    with refuses(q.Damaged, "asleep"):
         q.job_from_row(row)
 
 
@@ -1084,7 +1085,7 @@ def test_backup_is_not_restored_while_another_program_holds_the_queue(home: Home
     with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with q.open_store(home.home.database, 0.05) as store, refuses(q.StoreBusy, "another program holds"):
-            store.upkeep.restore(str(home.work / "copy.db"), lambda _: None)
+            store.upkeep.restore(str(home.work / "copy.db"), str(home.work), q.now_ms(), lambda _: None)
     same([job.id for job in home.store.queries.jobs()], ["a", "b"])
 
 
@@ -1103,7 +1104,7 @@ def test_backup_is_not_restored_under_who_came_meanwhile(home: Home) -> None:
         raise q.QueueError("somebody works")
 
     with refuses(q.QueueError, "somebody works"):
-        home.store.upkeep.restore(str(home.work / "copy.db"), refuse)
+        home.store.upkeep.restore(str(home.work / "copy.db"), str(home.work), q.now_ms(), refuse)
     same((seen, home.store.queries.how_many(), home.store.upkeep.damage()), ([[]], 501, []))
     home.add(id="c")
     home.run("backup", "--restore", "copy.db")
@@ -5030,7 +5031,8 @@ def store_machine() -> Any:
             rows = {job.seq: job for job in self.store.queries.jobs()}
             got = {
                 job.seq: (job.id, job.state, job.attempts, job.queue, job.priority, job.hold, job.cancelling,
-                          job.failed_parent, job.blockers, job.finished_at, job.key, len(self.store.queries.history(job)))
+                          job.failed_parent, job.blockers, job.finished_at, job.key,
+                          len(self.store.queries.history(job)))
                 for job in rows.values()
             }  # fmt: skip
             wanted = {}

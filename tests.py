@@ -2960,8 +2960,9 @@ def typed_into(home: Home, shell: str, bin: Path, lines: list[str]) -> None:
     take_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
     begin = [sys.executable, "-c", f"{take_terminal}; os.execvp(sys.argv[1], sys.argv[1:])"]
     master, slave = pty.openpty()
-    process = subprocess.Popen([*begin, shell, *SHELLS[shell], *prompt], stdin=slave, stdout=slave, stderr=slave, env=env,
-                               cwd=home.work, start_new_session=True)  # fmt: skip
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    begin += [shell, *SHELLS[shell], *prompt]
+    process = subprocess.Popen(begin, env=env, cwd=home.work, start_new_session=True, **streams)
     os.close(slave)
     text = b""
     try:

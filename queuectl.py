@@ -46,6 +46,7 @@ import datetime
 import enum
 import errno
 import functools
+import itertools
 import json
 import math
 import operator
@@ -57,7 +58,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 try:
     import click
@@ -139,6 +140,11 @@ def printable(text: str) -> str:
 def cut(text: str, most: int) -> str:
     """A text, no longer than that."""
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def gist(text: str, most: int = 60) -> str:
+    """The first clause of an error or a reason, as far as a table has room for it."""
+    return cut(text.partition("; ")[0], most)
 
 
 def number_of(count: int, what: str) -> str:
@@ -686,6 +692,7 @@ def _parse_codes(words: Sequence[str]) -> list[int | float]:
     return [parse_number(word) for word in ",".join(words).split(",")]
 
 
+ON_LOST = ("retry", "dead")
 _codes = _list_of(_integer(0, 2**32 - 1), "integers")
 
 
@@ -715,7 +722,7 @@ FIELDS = {
     "env": Field(_environment, "A variable for it; K alone: as it is here.", _parse_environment, "many", "K=V"),
     "after": Field(_list_of(_id, "ids"), "Start only once this job has completed.", list, "many", "ID"),
     "hold": Field(_flag, "Wait until `release`.", bool, "flag"),
-    "on_lost": Field(_choice("retry", "dead"), "If its worker dies: retry, or dead.", metavar="WHAT"),
+    "on_lost": Field(_choice(*ON_LOST), "If its worker dies: retry, or dead.", metavar="WHAT"),
     "ok_codes": Field(_codes, "Exit codes that complete it, like 3,4.", _parse_codes, "many", "CODES"),
     "no_retry_codes": Field(_codes, "Exit codes that make it dead at once.", _parse_codes, "many", "CODES"),
     "snooze": Field(_flag, "Exit code 75: back for its backoff, the attempt not counted.", bool, "flag"),
@@ -977,12 +984,17 @@ def nobody_works(workers: Sequence[WorkerRow]) -> str:
     return "every worker is leaving" if workers else "no worker is running"
 
 
+def job_error(job: Job) -> str:
+    """The error of a job as a terminal can show it; empty where there is none."""
+    return printable(job.error or "")
+
+
 def job_rows(jobs: Sequence[Job], found: Sequence[WaitReasons], now: int) -> list[list[str]]:
     """The cells of `list`, a row for each job."""
     return [
         [
             job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
-            why_not_running(job, obstacles, now).why or (job.state is State.DEAD and printable(job.error or "")) or "-",
+            gist(why_not_running(job, obstacles, now).why or (job.state is State.DEAD and job_error(job)) or "-"),
             printable(command_line(job.command)),
         ]
         for job, obstacles in zip(jobs, found, strict=True)
@@ -1037,7 +1049,7 @@ def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
         [
             str(a.number), str(a.worker), iso_time(a.started_at) or "", duration((a.ended_at - a.started_at) / 1000),
             "-" if a.cpu_s is None else duration(a.cpu_s), "-" if a.max_rss is None else f"{a.max_rss >> 20} MiB",
-            printable(a.error or "completed"),
+            gist(printable(a.error or "completed")),
         ]
         for a in history
     ]  # fmt: skip
@@ -1831,6 +1843,36 @@ class Queries:
     def newest_ids(self) -> list[str]:
         """The ids of the newest thousand jobs."""
         return [str(row[0]) for row in self._db.all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
+
+    def ids_beginning(self, prefix: str, states: Sequence[State], hold: bool | None, most: int = 1000) -> list[str]:
+        """Ids that begin so of jobs in these states, on hold or not, newest first.
+
+        It looks at the newest jobs of each state and at the first ids that begin so, `most` each: completing a word
+        costs the same however many jobs there are.
+        """
+        newest = (
+            f"SELECT * FROM (SELECT seq FROM jobs WHERE state = '{state.value}' ORDER BY seq DESC LIMIT :most)"
+            for state in states
+        )
+        rows = self._db.all(
+            f"""SELECT id FROM jobs WHERE seq IN ({" UNION ALL ".join(newest)}
+                UNION ALL SELECT * FROM (SELECT seq FROM jobs WHERE id >= :prefix AND id < :prefix || '~' LIMIT :most))
+            AND id >= :prefix AND id < :prefix || '~' AND {_states_in(states)} AND hold = coalesce(:hold, hold)
+            ORDER BY seq DESC LIMIT :most""",
+            prefix=prefix, hold=hold, most=most,
+        )  # fmt: skip
+        return [row[0] for row in rows]
+
+    def tags_beginning(self, prefix: str, most: int = 1000) -> list[str]:
+        """Tags that begin so: from one to the next in the index, however many jobs bear each."""
+        rows = self._db.all(
+            """WITH RECURSIVE found(tag) AS (SELECT min(tag) FROM jobs WHERE tag >= :prefix
+                UNION ALL SELECT (SELECT min(tag) FROM jobs WHERE tag > found.tag) FROM found
+                WHERE found.tag < :prefix || '~')
+            SELECT tag FROM found WHERE tag < :prefix || '~' LIMIT :most""",
+            prefix=prefix, most=most,
+        )  # fmt: skip
+        return [row[0] for row in rows]
 
     def exists(self, id: str) -> bool:
         """Is there a job of that id?"""
@@ -3464,6 +3506,8 @@ else:
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
 
+    _SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}  # those that a process can ignore
+
     def _spawn(words: list[str], env: Mapping[str, str], log: str, stdin: int | None) -> int:
         """Start a program in a session of its own; its process id."""
         return os.posix_spawn(
@@ -3474,7 +3518,7 @@ else:
                 (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
-            setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP),
+            setsid=True, setsigmask=(), setsigdef=_SIGNALS,  # whoever started the worker may have ignored some
         )  # fmt: skip
 
     def _exit_of(status: int, usage: Any) -> Exit:
@@ -3741,6 +3785,18 @@ def terminal_columns() -> int:
     return shutil.get_terminal_size().columns or 80  # Python 3.10 hands on what a terminal of no size says
 
 
+def terminal_rows() -> int:
+    """How high the terminal is."""
+    import shutil
+
+    return shutil.get_terminal_size().lines
+
+
+def has_screen() -> bool:
+    """Does standard output go to a terminal that can be drawn on?"""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def silence_output() -> None:
     """Whoever reads our output has gone: let what is left of it go nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -3785,8 +3841,11 @@ def with_values(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """The environment that every job of this worker begins with."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_")}
+    """The environment that every job of this worker begins with.
+
+    OLDPWD is left out: it names a directory of whoever started the worker. PWD is set for each job.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_") and name != "OLDPWD"}
 
 
 # ======================================================================== attempts
@@ -3987,6 +4046,18 @@ def start_failure(error: OSError | ValueError, job: Job) -> Outcome:
     return Outcome(EndReason.NOT_STARTED, code, error=f"cannot start {program}: {reason}")
 
 
+def quoting_hint(job: Job, end: EndReason, exit: Exit) -> str | None:
+    """What to do where the shell took apart a line that is the path of a program; None where that was not so."""
+    line = job.command
+    if end is not EndReason.EXITED or not exit.exit_code or not isinstance(line, str) or " " not in line.strip():
+        return None
+    path = os.path.join(job.cwd, line.strip())
+    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+        return None
+    as_list = json.dumps({"command": [line.strip()]}, ensure_ascii=False)
+    return f"the shell took the path of a program apart at its blanks: quote it once more, or enqueue {as_list}"
+
+
 def run_attempt(
     job: Job, log_path: str, spool: Spool | None, env: dict[str, str], run_tag: str, settings: Settings, bell: Bell,
     interrupted: Callable[[bool], EndReason | None],
@@ -4007,7 +4078,8 @@ def run_attempt(
     finally:
         process.close()
         log_end = log.close()
-    wrong = "; ".join(filter(None, (_error_of(end, exit, job.ok_codes, settings), log.trouble)))
+    why = _error_of(end, exit, job.ok_codes, settings)
+    wrong = "; ".join(filter(None, (why, why and quoting_hint(job, end, exit), log.trouble)))
     return Outcome(end, exit.exit_code if end is EndReason.EXITED else None, exit.signal, wrong or None,
                    exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
 
@@ -4184,7 +4256,8 @@ class Worker:
             }  # fmt: skip
             run_tag = run_tag_in(self._home, f"hook.{self._row.id}.{self._clock.now_ms()}")
             document = json.dumps(job_json(job))
-            trouble = run_hook(line, self._home, {**self._env, **variables}, document, run_tag, self._bell)
+            env = {**self._env, "PWD": self._home.path, **variables}
+            trouble = run_hook(line, self._home, env, document, run_tag, self._bell)
             if trouble:
                 self._log(f"hook of job {job.id}: {trouble}")
 
@@ -4213,7 +4286,10 @@ class Worker:
 
     def _attempt(self, job: Job) -> Outcome:
         """Run a job once."""
-        variables = {"QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_QUEUE": job.queue}
+        variables = {
+            "PWD": job.cwd, "QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts),
+            "QUEUECTL_QUEUE": job.queue,
+        }  # fmt: skip
         self._next_poll_s = self._clock.monotonic_s() + POLL_S
         outcome = run_attempt(
             job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})},
@@ -4710,6 +4786,17 @@ def _fail(text: str, code: int) -> int:
 Program.group_class = Program
 
 
+def hint_at_dashes(ctx: click.Context, args: list[str], error: click.NoSuchOption) -> str:
+    """The end of an error about an option that most likely belongs to the command that a job is to run."""
+    is_command = ctx.info_name == "enqueue" and not args[0].startswith("-")
+    if error.possibilities and not is_command:
+        return ""
+    command = command_line(args) if is_command else f"COMMAND {error.option_name}"
+    path = ctx.command_path if ctx.info_name == "enqueue" else f"{ctx.command_path} ID"
+    stop = "" if error.format_message().endswith((".", "?", ")")) else "."  # click 8.1 ends without one
+    return f"{stop} The options of a command go behind --: {path} -- {command}"
+
+
 class TypedCommand(click.Command):
     """A command after whose `--` everything is left as it was typed."""
 
@@ -4718,8 +4805,11 @@ class TypedCommand(click.Command):
         if "--" in args:
             at = args.index("--")
             ctx.meta["typed"] = args[at + 1 :]
-            args = args[:at]
-        return super().parse_args(ctx, args)
+            return super().parse_args(ctx, args[:at])
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.NoSuchOption as error:
+            raise BadInput(error.format_message() + hint_at_dashes(ctx, args, error)) from None
 
 
 def with_store(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -4778,11 +4868,53 @@ def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 
 def complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-    """The newest ids that begin so; behind `--` files."""
+    """The ids that begin so of jobs that the command can be about, without those given already; behind `--` files."""
     if "typed" in ctx.meta:
         return complete_files(ctx, param, incomplete)
-    with open_store(open_home().database, busy_timeout_s=1.0) as store:
-        return [id for id in store.queries.newest_ids() if id.startswith(incomplete)]
+    states, hold = _FITTING.get(ctx.command_path.partition(" ")[2], (tuple(State), None))
+    given = ctx.params.get("ids") or ()
+    return [id for id in ask_store(lambda store: store.queries.ids_beginning(incomplete, states, hold))
+            if id not in given]  # fmt: skip
+
+
+_FITTING: dict[str, tuple[tuple[State, ...], bool | None]] = {  # the states of the jobs that a command is about, and
+    "cancel": (OPEN, None),  # whether they are on hold, None for either; any other command can be about every job
+    "edit": (WAITING, None),
+    "hold": (WAITING, False),
+    "release": (WAITING, True),
+    "wait": (OPEN, None),
+    "dlq retry": ((State.DEAD,), None),
+    "dlq purge": ((State.DEAD,), None),
+}
+
+
+def ask_store(question: Callable[[Store], Iterable[str]]) -> list[str]:
+    """What the store answers while a line is being completed; nothing where it cannot."""
+    with contextlib.suppress(QueueError), open_store(open_home().database, busy_timeout_s=1.0) as store:
+        return list(question(store))
+    return []
+
+
+def complete_tags(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The tags that begin so."""
+    return ask_store(lambda store: store.queries.tags_beginning(incomplete))
+
+
+def complete_queues(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The queues that begin so; for `queue resume` those that are paused."""
+    only_paused = ctx.command_path.endswith("queue resume")
+    rows = ask_store(lambda store: (row.name for row in store.queues.all() if row.paused or not only_paused))
+    return [name for name in rows if name.startswith(incomplete) and name not in (ctx.params.get("names") or ())]
+
+
+def complete_on_lost(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """What --on-lost takes."""
+    return [word for word in ON_LOST if word.startswith(incomplete)]
+
+
+def complete_limit(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """The one word among the limits of a queue."""
+    return ["none"] if "none".startswith(incomplete) else []
 
 
 def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -4790,7 +4922,21 @@ def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -
     return [key for key in SETTINGS if key.startswith(incomplete.replace("-", "_"))]
 
 
-_COMPLETIONS = {"cwd": complete_files, "after": complete_ids}
+def complete_value(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """What a config key takes: files for a hook, else its value and its default."""
+    key = str(ctx.params.get("key")).replace("-", "_")
+    if key not in SETTINGS:
+        return []
+    if SETTINGS[key].parse is str:
+        return complete_files(ctx, param, incomplete)
+    values = ask_store(lambda store: (plain(getattr(store.config.settings(), key)), plain(getattr(Settings(), key))))
+    return [value for value in dict.fromkeys(values) if value.startswith(incomplete)]
+
+
+_COMPLETIONS = {
+    "cwd": complete_files, "after": complete_ids, "queue": complete_queues, "tag": complete_tags,
+    "on_lost": complete_on_lost,
+}  # fmt: skip
 
 
 def as_option(name: str) -> str:
@@ -4830,8 +4976,8 @@ def tag_and_queue(command: Any) -> Any:
                 check_field(name, value)
         return command(which=Selection(ids, tag, queue, every), **options)
 
-    made = click.option("--queue", metavar="Q", help="Those of this queue.")(run)
-    return click.option("--tag", metavar="T", help="Those with this tag.")(made)
+    made = click.option("--queue", metavar="Q", help="Those of this queue.", shell_complete=complete_queues)(run)
+    return click.option("--tag", metavar="T", help="Those with this tag.", shell_complete=complete_tags)(made)
 
 
 def selection_options(command: Any) -> Any:
@@ -4877,11 +5023,16 @@ def enqueue_command(
 
 @contextlib.contextmanager
 def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, Spec]]]:
-    """Show on a terminal how many jobs have been read, where they are read from a file."""
+    """Show on a terminal how many jobs have been read, where they are read from a file that holds any."""
     if isinstance(specs, list) or not sys.stderr.isatty():
         yield specs
         return
-    with click.progressbar(specs, label="reading", file=sys.stderr, show_pos=True) as bar:
+    rest = iter(specs)
+    first = list(itertools.islice(rest, 1))
+    if not first:
+        yield first
+        return
+    with click.progressbar(itertools.chain(first, rest), label="reading", file=sys.stderr, show_pos=True) as bar:
         yield bar
 
 
@@ -4925,7 +5076,8 @@ def worker_group() -> None:
 
 @worker_group.command("start")
 @click.option("--count", type=click.IntRange(1, 1000), default=1, metavar="N", help="How many; default 1.")
-@click.option("--queue", "queues", multiple=True, metavar="Q", help="Take only this queue; may be repeated.")
+@click.option("--queue", "queues", multiple=True, metavar="Q", help="Take only this queue; may be repeated.",
+              shell_complete=complete_queues)  # fmt: skip
 @click.option("--foreground", is_flag=True, help="Be one worker, here, until told to stop.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left that could run.")
 @json_option
@@ -4990,17 +5142,46 @@ def worker_list_command(home: Home, store: Store, as_json: bool) -> None:
 def status_command(home: Home, store: Store, watch: bool, as_json: bool) -> None:
     """Show how many jobs are where, and what stands in the way."""
     refuse_both(watch and "--watch", as_json and "--json")
-    show_status(home, store, as_json)
-    while watch:
-        time.sleep(1)
-        click.clear()
-        show_status(home, store, as_json)
-
-
-def show_status(home: Home, store: Store, as_json: bool) -> None:
-    """Print the status once."""
+    if watch:
+        watch_status(home, store)
     seen = overview(home, store)
     answer(as_json, status_json(seen), status_lines(seen))
+
+
+def watch_status(home: Home, store: Store) -> NoReturn:
+    """Draw the status every second until Ctrl-C."""
+    with screen() as draw:
+        while True:
+            draw(status_lines(overview(home, store)))
+            time.sleep(1)
+
+
+# The terminal's alternate screen, without its cursor; what stood on the terminal before comes back with _LEAVE_SCREEN.
+_ENTER_SCREEN, _LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+_TO_TOP, _ERASE_REST_OF_LINE, _ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+
+
+@contextlib.contextmanager
+def screen() -> Iterator[Callable[[Iterable[str]], None]]:
+    """What draws lines in the place of those before; the terminal's scroll-back stays as it is.
+
+    Where output goes elsewhere, lines are printed below those before, and nothing drives a terminal.
+    """
+    if not has_screen():
+        yield echo
+        return
+    click.echo(_ENTER_SCREEN, nl=False, color=True)
+    try:
+        yield draw
+    finally:
+        click.echo(_LEAVE_SCREEN, nl=False, color=True)
+
+
+def draw(lines: Iterable[str]) -> None:
+    """Draw lines from the top of the screen, as many as it holds, in one write."""
+    shown = [line if wants_colour() is None else click.unstyle(line) for line in lines][: terminal_rows()]
+    text = "\n".join(line + _ERASE_REST_OF_LINE for line in shown)
+    click.echo(_TO_TOP + text + _ERASE_BELOW, nl=False, color=True)
 
 
 @cli.command("list")
@@ -5241,7 +5422,7 @@ def queue_list_command(home: Home, store: Store, as_json: bool) -> None:
 
 
 @queue_group.command("pause")
-@click.argument("names", nargs=-1, metavar="[Q]...")
+@click.argument("names", nargs=-1, metavar="[Q]...", shell_complete=complete_queues)
 @all_option
 @json_option
 @with_store
@@ -5253,7 +5434,7 @@ def queue_pause_command(home: Home, store: Store, names: Sequence[str], every: b
 
 
 @queue_group.command("resume")
-@click.argument("names", nargs=-1, metavar="[Q]...")
+@click.argument("names", nargs=-1, metavar="[Q]...", shell_complete=complete_queues)
 @all_option
 @json_option
 @with_store
@@ -5274,8 +5455,8 @@ def queues_given(store: Store, names: Sequence[str], every: bool) -> list[str]:
 
 
 @queue_group.command("limit")
-@click.argument("name", metavar="Q")
-@click.argument("limit", metavar="N|none")
+@click.argument("name", metavar="Q", shell_complete=complete_queues)
+@click.argument("limit", metavar="N|none", shell_complete=complete_limit)
 @json_option
 @with_store
 def queue_limit_command(home: Home, store: Store, name: str, limit: str, as_json: bool) -> None:
@@ -5351,7 +5532,7 @@ def config_get_command(home: Home, store: Store, key: str, as_json: bool) -> Non
 
 @config_group.command("set", context_settings={"ignore_unknown_options": True})
 @key_argument
-@click.argument("value")
+@click.argument("value", shell_complete=complete_value)
 @json_option
 @with_store
 def config_set_command(home: Home, store: Store, key: str, value: str, as_json: bool) -> None:
@@ -5428,14 +5609,80 @@ def shown_here(lines: Iterable[str]) -> Iterator[str]:
         yield line.encode(encoding, "ignore").decode(encoding).lstrip()
 
 
+# Each script asks queuectl for what may stand at the cursor, in the way that click answers, and hands it to its shell.
+# click has such scripts too, but with those no shell completes `--after=a`: bash makes three words of it, and zsh and
+# fish would replace all of it by the value.
+_SCRIPTS = {
+    "bash": r"""_queuectl_completion() {
+    local IFS=$'\n' words=() cword=$COMP_CWORD i completion type value
+    for ((i = 0; i < ${#COMP_WORDS[@]}; i++)); do
+        if [[ ${COMP_WORDS[i]} == = && $i -lt $COMP_CWORD && ${COMP_WORDS[i - 1]} == --?* ]]; then
+            ((cword--))
+        else
+            words+=("${COMP_WORDS[i]}")
+        fi
+    done
+    COMPREPLY=()
+    for completion in $(COMP_WORDS="${words[*]}" COMP_CWORD=$cword _QUEUECTL_COMPLETE=bash_complete "$1"); do
+        IFS=, read -r type value <<< "$completion"
+        case $type in
+            dir) compopt -o dirnames ;;
+            file) compopt -o default ;;
+            plain) COMPREPLY+=("$value") ;;
+        esac
+    done
+}
+complete -o nosort -F _queuectl_completion queuectl
+""",
+    "zsh": r"""#compdef queuectl
+_queuectl_completion() {
+    local -a response plain described
+    local type key description
+    response=("${(@f)$(COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT - 1)) _QUEUECTL_COMPLETE=zsh_complete queuectl)}")
+    [[ ${words[CURRENT]} == --*=* ]] && compset -P 1 '*='
+    for type key description in $response; do
+        case $type in
+            dir) _path_files -/ ;;
+            file) _path_files -f ;;
+            plain) if [[ $description == _ ]]; then plain+=("$key"); else described+=("$key:$description"); fi ;;
+        esac
+    done
+    (( $#described )) && _describe -V unsorted described -U -i "$IPREFIX"
+    (( $#plain )) && compadd -U -i "$IPREFIX" -V unsorted -a plain
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    _queuectl_completion "$@"
+else
+    compdef _queuectl_completion queuectl
+fi
+""",
+    "fish": r"""function _queuectl_completion
+    set -l option (string match -r -- '^--[^=]+=' (commandline -ct))
+    set -lx COMP_WORDS (commandline -cp)
+    set -lx COMP_CWORD (commandline -ct)
+    for completion in (_QUEUECTL_COMPLETE=fish_complete queuectl)
+        set -l parts (string split -m 1 , -- $completion)
+        switch $parts[1]
+            case dir
+                set parts '' (__fish_complete_directories $parts[2])
+            case file
+                set parts '' (__fish_complete_path $parts[2])
+        end
+        for value in $parts[2..-1]
+            echo "$option$value"
+        end
+    end
+end
+complete --no-files --command queuectl --arguments '(_queuectl_completion)'
+""",
+}
+
+
 @cli.command("completion")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(list(_SCRIPTS)))
 def completion_command(shell: str) -> None:
     """Print the script that completes queuectl's words in a shell."""
-    from click.shell_completion import get_completion_class
-
-    script = get_completion_class(shell)
-    echo([script(cli, {}, "queuectl", "_QUEUECTL_COMPLETE").source()] if script else [])
+    click.echo(_SCRIPTS[shell], nl=False)
 
 
 @cli.command("service")

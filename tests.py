@@ -401,6 +401,15 @@ def test_error_says_what_to_do(home: Home) -> None:
     assert "enqueue -- COMMAND" in home.fails("enqueue", "{command:x}", code=2)
 
 
+def test_error_about_an_option_of_the_command_hints_at_the_dashes(home: Home) -> None:
+    """`enqueue ls -l` is told to put the command behind --; a slip in one of our own options is not."""
+    assert "queuectl enqueue -- ls -l" in home.fails("enqueue", "ls", "-l", code=2)
+    assert "queuectl enqueue -- COMMAND -l" in home.fails("enqueue", "--tag", "t", "ls", "-l", code=2)
+    assert "queuectl edit ID -- COMMAND -l" in home.fails("edit", "a", "ls", "-l", code=2)
+    slip = home.fails("enqueue", "--tagg", "t", code=2)
+    assert "--tag" in slip and "behind" not in slip, slip
+
+
 def test_error_shows_control_characters_escaped(home: Home) -> None:
     """What an error quotes cannot drive the terminal."""
     line = home.fails("enqueue", '{"\\u001b[2J": 1, "command": "x"}', code=2)
@@ -1434,6 +1443,47 @@ def test_command_sees_what_the_contract_names(home: Home) -> None:
     same((env["OWN"], given, os.path.realpath(where)), ("vä=l", "", str(home.work)))
 
 
+def test_command_finds_its_own_directory_in_pwd(home: Home) -> None:
+    """PWD is the job's directory and not the worker's, OLDPWD is gone; what the job's `env` says goes before."""
+    told = home.script("tell.py", TELL)
+    home.add([sys.executable, told], id="a")
+    home.add([sys.executable, told], id="b", env={"PWD": "mine", "OLDPWD": "old"})
+    home.start(env={"PWD": "/elsewhere", "OLDPWD": "/before"}, cwd=home.root)
+    seen = {}
+    for id in "ab":
+        home.ended(id)
+        env = json.loads(home.log(id))[2]
+        seen[id] = env.get("PWD"), env.get("OLDPWD")
+    same(seen, {"a": (str(home.work), None), "b": ("mine", "old")})
+
+
+# Prints the signals that are blocked, and those that do not have their default.
+SIGNALS = """
+import signal
+usual = {signal.SIGINT: signal.default_int_handler, signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
+odd = [n.name for n in signal.Signals if signal.getsignal(n) is not usual.get(n, signal.SIG_DFL)]
+print(odd, sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+"""
+
+
+@posix
+def test_command_has_every_signal_as_it_is_by_default(home: Home) -> None:
+    """Signals that whoever started the worker ignores or blocks are neither ignored nor blocked in its jobs."""
+    names = ("QUIT", "USR1", "USR2", "TSTP", "TTIN", "TTOU", "INT", "ALRM", "CHLD")
+    home.script("start.py", f"""
+import os, signal, sys
+for name in {names}:
+    signal.signal(getattr(signal, "SIG" + name), signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTSTP])
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+""")
+    home.add([sys.executable, home.script("signals.py", SIGNALS)], id="a")
+    ignoring = [sys.executable, "start.py", *PROGRAM[1:], "worker", "start"]
+    same(subprocess.run(ignoring, cwd=home.work, env=home.env, stdout=subprocess.DEVNULL).returncode, 0)
+    home.ended("a")
+    same(home.log("a"), b"[] []\n")
+
+
 def test_command_attempt_number_rises(home: Home) -> None:
     """QUEUECTL_ATTEMPT is the number of the attempt."""
     number = "%QUEUECTL_ATTEMPT%" if WINDOWS else "$QUEUECTL_ATTEMPT"
@@ -1496,6 +1546,25 @@ def test_program_that_is_missing_fails_the_attempt(home: Home) -> None:
     home.start()
     job = home.ended("a")
     same((job.exit_code, "no-such-program" in str(job.error)), (127, True))
+
+
+@posix
+def test_program_with_blanks_in_its_path_fails_with_what_to_do(home: Home) -> None:
+    """A line that is the path of a program, blanks and all, is taken apart by the shell; the error shows the list."""
+    program = home.work / "with blank" / "x.sh"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexit 7\n")
+    program.chmod(0o755)
+    fields = {"max_retries": 0}
+    home.add(str(program), id="a", **fields)
+    home.add(f"'{program}'", id="b", **fields)
+    home.add("no such thing", id="c", **fields)
+    home.start()
+    a, b, c = (home.ended(id) for id in "abc")
+    assert f'{{"command": ["{program}"]}}' in str(a.error), a.error
+    same((a.exit_code, b.exit_code, b.error, c.error), (127, 7, "exit code 7", "exit code 127"))
+    row = next(line for line in home.out("list").splitlines() if line.startswith("a "))
+    assert "exit code 127  " in row and "enqueue" not in row, row
 
 
 @posix
@@ -2713,16 +2782,42 @@ def test_list_sorts(home: Home) -> None:
 
 @posix
 def test_status_watch_redraws_until_ctrl_c(home: Home) -> None:
-    """`status --watch` goes on until Ctrl-C, which exits 130 without a word of Python."""
+    """`status --watch` goes on until Ctrl-C, which exits 130 without a word of Python; in a pipe it has no escapes."""
     home.add()
     process = home.popen("status", "--watch")
     assert process.stdout
-    seen = 0
-    while seen < 2:
-        seen += b"pending" in process.stdout.readline()
+    text = b""
+    while text.count(b"pending") < 2:
+        text += process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=DEADLINE_S)
-    same((process.returncode, err.strip()), (130, b""))
+    same((process.returncode, err.strip(), b"\x1b" in text), (130, b"", False))
+
+
+@posix
+def test_status_watch_leaves_the_scroll_back_alone(home: Home) -> None:
+    """On a terminal it draws on the alternate screen, and leaves that on Ctrl-C and on errors."""
+    import pty
+
+    for is_error in (False, True):
+        home.store.close()
+        master, slave = pty.openpty()
+        process = home.popen("status", "--watch", stdout=slave, env={"TERM": "xterm"})
+        os.close(slave)
+        text = b""
+        while text.count(b"pending") < 2:
+            text += os.read(master, 4096)
+        if is_error:
+            home.sql("DROP TABLE queues")
+        else:
+            process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):
+            while block := os.read(master, 4096):
+                text += block
+        _, err = process.communicate(timeout=DEADLINE_S)
+        os.close(master)
+        same((process.returncode, b"Error: " in err), (1, True) if is_error else (130, False))
+        same((text.startswith(b"\x1b[?1049h"), text.endswith(b"\x1b[?1049l"), b"\x1b[2J" in text), (True, True, False))
 
 
 def seen_on_a_terminal(home: Home, *args: str, stream: str = "stdout", **env: str) -> bytes:
@@ -2764,15 +2859,127 @@ def test_completion_knows_ids_and_leaves_files_to_the_shell(home: Home) -> None:
     """Where an id goes those that there are, behind `--` files, for --cwd directories."""
     home.add(id="abc")
 
-    def completed(line: str) -> list[str]:
-        words = line.split(" ")
-        env = {"_QUEUECTL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-        return home.out(env=env).split()
-
-    same([completed(f"queuectl {line}") for line in ("show a", "show x", "enqueue --after a")],
-         [["plain,abc"], [], ["plain,abc"]])  # fmt: skip
-    same([completed(f"queuectl {line}") for line in ("enqueue -- python a", "edit abc -- a", "enqueue --cwd /t")],
+    same([completed_words(home, f"queuectl {line}") for line in ("show a", "show x", "enqueue --after a")],
+         [["abc"], [], ["abc"]])  # fmt: skip
+    lines = ("enqueue -- python a", "edit abc -- a", "enqueue --cwd /t")
+    same([completed_words(home, f"queuectl {line}") for line in lines],
          [["file,a"], ["file,a"], ["dir,/t"]])  # fmt: skip
+
+
+def completed_words(home: Home, line: str) -> list[str]:
+    """What bash is told to offer at the end of a line."""
+    words = line.split(" ")
+    env = {"_QUEUECTL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    return [found.removeprefix("plain,") for found in home.out(env=env).split()]
+
+
+def test_completion_offers_the_jobs_that_a_command_can_be_about(home: Home) -> None:
+    """`dlq retry` is offered dead jobs alone, `release` those on hold, `cancel` those that have not ended."""
+    home.add_all([{"command": "x", "id": "held", "hold": True}, {"command": "x", "id": "open"}])
+    home.add_all([{"command": "x", "id": id} for id in ("dead", "done")])
+    home.sql("UPDATE jobs SET state = 'dead' WHERE id = 'dead'")
+    home.sql("UPDATE jobs SET state = 'completed' WHERE id = 'done'")
+    lines = ("dlq retry ", "dlq purge d", "release ", "hold ", "cancel ", "edit ", "cancel open ", "show d", "show DO")
+    offered = [completed_words(home, f"queuectl {line}") for line in lines[: 3 if WINDOWS else None]]
+    wanted = [["dead"], ["dead"], ["held"], ["open"], ["open", "held"], ["open", "held"], ["held"], ["done", "dead"],
+              ["done"]]  # fmt: skip
+    same(offered, wanted[: len(offered)])
+
+
+def test_completion_knows_queues_tags_and_words(home: Home) -> None:
+    """Queues, tags, sort keys, config keys and their values, and the words of --on-lost are completed."""
+    home.add(id="a", queue="fast", tag="night")
+    home.add(id="b", queue="slow", tag="noon")
+    home.run("queue", "pause", "slow")
+    home.run("config", "set", "max-retries", "7")
+    wanted = {
+        "list --queue f": ["fast"], "enqueue --queue s": ["slow"], "worker start --queue ": ["default", "fast", "slow"],
+        "queue resume ": ["slow"], "queue limit fast n": ["none"], "list --tag ni": ["night"],
+        "enqueue --tag n": ["night", "noon"], "list --sort cr": ["created"], "enqueue --on-lost d": ["dead"],
+        "config set max_r": ["max_retries"], "config set max-retries ": ["7", "3"],
+        "config set on_dead ./n": ["file,./n"], "config set nonsense ": [],
+    }  # fmt: skip
+    for line, words in list(wanted.items())[: 3 if WINDOWS else None]:
+        same((line, completed_words(home, f"queuectl {line}")), (line, words))
+
+
+def test_completion_reads_a_few_rows_however_many_there_are(home: Home) -> None:
+    """Ids and tags come from steps through indexes; an old job is found once enough of its id has been typed."""
+    home.add_all({"command": "x", "id": f"n{n:04}", "tag": f"t{n % 3}", "hold": n == 0} for n in range(3000))
+    queries = home.store.queries
+    same((queries.ids_beginning("n000", tuple(q.State), None), queries.tags_beginning("")),
+         ([f"n000{n}" for n in reversed(range(10))], ["t0", "t1", "t2"]))  # fmt: skip
+    same((len(queries.ids_beginning("", q.OPEN, None, most=20)), queries.ids_beginning("n0", q.OPEN, True)),
+         (20, ["n0000"]))  # fmt: skip
+    steps: list[str] = []
+    home.store.db._connection.set_trace_callback(steps.append)
+    queries.ids_beginning("n", tuple(q.State), None), queries.tags_beginning("t")
+    home.store.db._connection.set_trace_callback(None)
+    plans = [row[3] for step in steps for row in home.sql(f"EXPLAIN QUERY PLAN {step}")]
+    same([plan for plan in plans if plan.startswith("SCAN jobs")], [])
+
+
+# How a person begins a shell, and makes it complete the words of queuectl.
+SHELLS = {
+    "bash": ["--norc", "--noprofile", "-i"],
+    "zsh": ["-f", "-i"],
+    "fish": ["--no-config", "--interactive"],
+}
+PREPARED = {
+    "bash": 'bind "set bell-style none"; eval "$(queuectl completion bash)"',
+    "zsh": 'autoload -U compinit; compinit -u -D; eval "$(queuectl completion zsh)"',
+    "fish": "queuectl completion fish | source",
+}
+
+
+@posix
+def test_completion_works_in_the_shells_that_are_here(home: Home) -> None:
+    """Typed with TAB into bash, zsh and fish, an id is completed behind `--after=` and `--after `, a tag too."""
+    bin = home.root / "bin"
+    bin.mkdir()
+    (bin / "queuectl").write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
+    (bin / "queuectl").chmod(0o755)
+    home.add(id="alpha", tag="night", hold=True)
+    is_old = ["bash", "-c", "! complete -o nosort -F f c"]  # before 4.4, as on macOS
+    for shell in filter(shutil.which, SHELLS):
+        if shell == "bash" and subprocess.run(is_old, stderr=subprocess.DEVNULL).returncode == 0:
+            continue
+        lines = [PREPARED[shell]]
+        lines += [f"queuectl enqueue --id {shell}{n} --tag=ni\t {after}\t -- true"
+                  for n, after in enumerate(("--after=alp", "--after alp"))]  # fmt: skip
+        typed_into(home, shell, bin, [*lines, "exit"])
+        same([(home.job(f"{shell}{n}").after, home.job(f"{shell}{n}").tag) for n in (0, 1)], [(["alpha"], "night")] * 2)
+
+
+def typed_into(home: Home, shell: str, bin: Path, lines: list[str]) -> None:
+    """Type lines into an interactive shell on a terminal, the next where it has printed its prompt, to its end."""
+    import pty
+
+    path = os.pathsep.join([str(bin), home.env["PATH"]])
+    env = {**home.env, "PATH": path, "PS1": "ready> ", "PROMPT": "ready> ", "TERM": "xterm", "HOME": str(home.root)}
+    prompt = ["-C", "function fish_prompt; echo 'ready> '; end"] if shell == "fish" else []
+    take_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    begin = [sys.executable, "-c", f"{take_terminal}; os.execvp(sys.argv[1], sys.argv[1:])"]
+    master, slave = pty.openpty()
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    begin += [shell, *SHELLS[shell], *prompt]
+    process = subprocess.Popen(begin, env=env, cwd=home.work, start_new_session=True, **streams)
+    os.close(slave)
+    text = b""
+    try:
+        with contextlib.suppress(OSError):  # the shell has gone
+            for line in lines:
+                while b"ready> " not in text:
+                    assert select.select([master], [], [], DEADLINE_S)[0], text
+                    text += os.read(master, 4096)
+                text = b""
+                os.write(master, line.encode() + b"\r")
+            while os.read(master, 4096):
+                pass
+        process.wait(DEADLINE_S)
+    finally:
+        process.kill()
+        os.close(master)
 
 
 def test_completion_and_service_print_what_they_are_for(home: Home) -> None:

@@ -311,7 +311,7 @@ class Exchanges:
     def __init__(self, home: q.Home) -> None:
         self._store = q.open_store(home.database, durable=False)
         self._worker = self._store.workers.register(
-            os.getpid(), "bench", None, False, q.now_ms(), open_bell=lambda worker: None, is_alive=lambda worker: True
+            os.getpid(), "bench", None, False, q.now_ms(), open_signs=lambda worker: None, is_alive=lambda worker: True
         )[0].id
         self._job = self._store.jobs.claim(self._worker, None, q.now_ms())
 

@@ -67,8 +67,12 @@ except ModuleNotFoundError:
 
 __version__ = "1.0.0"
 
+WAIT_REPORT_S = 1.0  # how often a command that waits for workers tells what it waits for
+END_POLL_S = 1.0  # how often a worker tries to end what it could not end
 POLL_S = 0.25  # fallback poll interval of a worker, for what no bell told it
 DUTY_S = 1.0  # how often a worker looks for workers that died
+MOST_IDLE_POLL_S = 10.0  # of an idle worker among many; they poll in turn, so that some worker does each second
+MOST_RECOVERY_PAUSE_S = 10.0  # between two tries to end what a dead worker left
 HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 BUSY_TIMEOUT_S = 30.0  # how long a command waits for a database that another program holds
 WORKER_BUSY_TIMEOUT_S = 5.0  # the same for a worker, which then tries again
@@ -504,6 +508,8 @@ class WorkerRow(NamedTuple):
     stop: str | None
     started_at: int
     job: str | None  # its id
+    process: str | None = None  # what tells its process from every other, in the platform's words
+    leftovers: str | None = None  # processes of its job that cannot be ended
 
     @property
     def state(self) -> str:
@@ -979,6 +985,18 @@ def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
     return Reason("waiting for a free worker")
 
 
+OUT_OF_SIGHT = "what it started in another PID namespace, which cannot be seen from here"
+
+
+def leftovers_reason(leftovers: str) -> Reason:
+    """Why an attempt cannot end, and what its owner can do."""
+    if leftovers == OUT_OF_SIGHT:
+        remedy = "start a worker there, or once that namespace (a container) is gone: queuectl doctor --repair"
+        return Reason(f"nobody has ended {leftovers}", remedy)
+    pids = " ".join(re.findall(r"(?:^|, )(\d+)", leftovers))
+    return Reason(f"process {printable(leftovers)} is still there and cannot be ended", f"sudo kill -9 {pids}")
+
+
 def nobody_works(workers: Sequence[WorkerRow]) -> str:
     """Why there is no worker for what waits."""
     return "every worker is leaving" if workers else "no worker is running"
@@ -1017,7 +1035,7 @@ def job_lines(jobs: Sequence[Job], found: Sequence[WaitReasons], more: int, now:
     yield from table([JOB_HEAD[i] for i in said], [[row[i] for i in said] for row in rows], width)
 
 
-def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str,
+def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str, pid: int | None,
                settings: Settings, now: int, width: int) -> Iterator[str]:  # fmt: skip
     """What `show` prints."""
     yield f"job        {job.id}"
@@ -1037,6 +1055,8 @@ def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str,
     for what, moment in moments.items():
         if moment is not None:
             yield f"{what:10} {iso_time(moment)} ({ago(moment, now)})"
+    if pid:
+        yield f"process    {pid}"
     yield f"log        {printable(log)}"
     if history:
         yield ""
@@ -1069,6 +1089,7 @@ class Overview(NamedTuple):
     queues: list[QueueRow]
     lost: int  # dead workers whose jobs nobody has recovered yet
     recent_timeouts: int  # of the newest failed and dead jobs, those that their time-out ended
+    stuck: Sequence[str] = ()  # jobs that cannot be ended, why, and what helps
 
 
 def status_lines(seen: Overview) -> Iterator[str]:
@@ -1093,6 +1114,7 @@ def status_json(seen: Overview) -> dict[str, Any]:
 
 def hints(seen: Overview) -> Iterator[str]:
     """What stands in the way of the queue, each with the command that helps."""
+    yield from (f"! {line}" for line in seen.stuck)
     if seen.lost:
         yield f"! {seen.lost} dead worker(s) left jobs behind; a running worker recovers them: queuectl worker start"
     staying = [row for row in seen.workers if not row.stop]
@@ -1510,6 +1532,13 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 AND NOT coalesce(queues.paused, 0)
                 AND (queues.max_running IS NULL OR queues.max_running > coalesce((
                     SELECT n FROM counts WHERE state = 'processing' AND queue = waiting.queue), 0))""",
+        ),
+    ),
+    (
+        "3: who a worker is, and what it cannot end",
+        (
+            "ALTER TABLE workers ADD COLUMN process TEXT",  # null in a row of release 1.0
+            "ALTER TABLE workers ADD COLUMN leftovers TEXT",
         ),
     ),
 )
@@ -2469,19 +2498,20 @@ class Workers:
 
     def register(
         self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
-        open_bell: Callable[[int], _Result], is_alive: Callable[[int], bool],
+        open_signs: Callable[[int], _Result], is_alive: Callable[[WorkerRow], bool], process: str | None = None,
     ) -> tuple[WorkerRow, _Result]:  # fmt: skip
-        """A new worker's row, with the lowest free slot, and its bell, which hangs before anybody can see the row."""
+        """A new worker's row, with the lowest free slot, and its signs of life, there before others see the row."""
         with self._db.writing():
-            taken = {row.slot for row in self.all() if is_alive(row.id)}
+            taken = {row.slot for row in self.all() if is_alive(row)}
             slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
             row = self._db.one(
-                """INSERT INTO workers (pid, host, slot, queues, drain, started_at)
-                VALUES (:pid, :host, :slot, :queues, :drain, :now) RETURNING id""",
-                pid=pid, host=host, slot=slot, queues=_json_or_null(queues or None), drain=drain, now=now,
+                """INSERT INTO workers (pid, host, process, slot, queues, drain, started_at)
+                VALUES (:pid, :host, :process, :slot, :queues, :drain, :now) RETURNING id""",
+                pid=pid, host=host, process=process, slot=slot, queues=_json_or_null(queues or None), drain=drain,
+                now=now,
             )  # fmt: skip
-            bell = open_bell(row[0])
-            return next(worker for worker in self.all() if worker.id == row[0]), bell
+            signs = open_signs(row[0])
+            return next(worker for worker in self.all() if worker.id == row[0]), signs
 
     def unregister(self, worker: int) -> None:
         """A worker has left, or what it left behind has been put in order."""
@@ -2491,15 +2521,35 @@ class Workers:
     def all(self) -> list[WorkerRow]:
         """Every registered worker, dead ones included: only the platform can tell."""
         rows = self._db.all(
-            """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at, busy.id FROM workers
+            """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at, busy.id, process, leftovers
+                FROM workers
                 LEFT JOIN (SELECT worker, id FROM jobs WHERE state = 'processing') AS busy ON busy.worker = workers.id
                 ORDER BY slot"""
         )
         return [worker_from_row(row) for row in rows]
 
     def ids(self) -> list[int]:
-        """Their ids alone: what workers ask once a second must not cost more the more they are."""
+        """Their ids alone."""
         return [row[0] for row in self._db.all("SELECT id FROM workers")]
+
+    def ring_below(self, worker: int) -> list[tuple[int, str | None]]:
+        """The other workers and their processes, from the next lower id downwards and round."""
+        return self._db.all(
+            "SELECT id, process FROM workers WHERE id <> :worker ORDER BY id > :worker, id DESC", worker=worker
+        )
+
+    def forget_process(self, worker: int) -> None:
+        """What a dead worker left is gone for certain: any other may recover its job."""
+        with self._db.writing():
+            self._db.run("UPDATE workers SET process = NULL, leftovers = NULL WHERE id = :worker", worker=worker)
+
+    def set_leftovers(self, worker: int, leftovers: str | None) -> None:
+        """Note which processes of a worker's job cannot be ended."""
+        with self._db.writing():
+            self._db.run(
+                "UPDATE workers SET leftovers = :leftovers WHERE id = :worker AND leftovers IS NOT :leftovers",
+                leftovers=leftovers, worker=worker,
+            )  # fmt: skip
 
     def request_stop(self, workers: Sequence[int], how: str) -> None:
         """Workers shall leave: `finish` after their job, `now` at once."""
@@ -2748,6 +2798,14 @@ def file_identity(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+class Command(NamedTuple):
+    """A command that was started: its process id, and the moments between which that happened, in the system's unit."""
+
+    pid: int
+    since: int
+    until: int
+
+
 class Home(NamedTuple):
     """The directory that holds one queue."""
 
@@ -2770,7 +2828,7 @@ class Home(NamedTuple):
 
     @property
     def bells(self) -> str:
-        """The folder of the workers' bells. A bell wakes its worker, and is also its sign of life."""
+        """The folder of what the running workers need: their bells, and their signs of life."""
         return os.path.join(self.path, "bells")
 
     def log(self, job: str) -> str:
@@ -2785,8 +2843,12 @@ class Home(NamedTuple):
         return os.path.join(self.logs, f".{worker}-{file_identity(self.database)[1]}")
 
     def bell(self, worker: int) -> str:
-        """A worker's bell, on systems where it is a file."""
+        """What wakes a worker, on systems where it is a file."""
         return os.path.join(self.bells, str(worker))
+
+    def life(self, worker: int) -> str:
+        """The file that says what command a worker runs, and by its lock that the worker lives."""
+        return os.path.join(self.bells, f"{worker}.life")
 
     def is_there(self, database: tuple[int, int]) -> bool:
         """Is the database still the file that it was? It is not once the home was removed or replaced."""
@@ -2794,6 +2856,20 @@ class Home(NamedTuple):
             return file_identity(self.database) == database
         except OSError:
             return False
+
+
+def run_tag_in(database: tuple[int, int], what: str) -> str:
+    """The run tag of an attempt or a hook; the identity of the database tells it from another queue's."""
+    return f"{what}@{database[0]:x}.{database[1]:x}"  # one word, for `ps`
+
+
+def read_command(home: Home, worker: int, run_tag: str) -> Command | None:
+    """The command of a run, where its worker has started it and it is still the newest."""
+    with contextlib.suppress(OSError, ValueError), open(home.life(worker), encoding="utf-8") as file:
+        tag, *numbers = file.read().split()
+        if tag == run_tag:
+            return Command(*map(int, numbers))
+    return None
 
 
 def remove_file(path: str) -> None:
@@ -2828,15 +2904,19 @@ def remove_log(path: str) -> None:
 #     CAN_TELL_WHO_OPENS   does `is_open_elsewhere` know? Workers use a spool only where it does
 #     is_open_elsewhere    may anybody else hold a file open? Windows always answers yes
 #   wake-up
-#     Bell                 what wakes a worker. The system ends it with its process, so it is also the sign of life
+#     Bell                 what wakes a worker: others, a signal, the end of its command or of its neighbour
 #     ring                 wake a worker
-#     is_alive             does a worker listen to its bell?
+#   life
+#     own_process          what tells this process from every other, now and later
+#     can_see              does this process see those of another worker? In another PID namespace it may not
+#     Life                 a worker's sign of life, in which it notes its command; no job can hold it
+#     is_alive             does a worker's process live?
 #   write gate
 #     WriteGate            lets the workers that want to write in, one after the other; does nothing on Windows
 #   processes
 #     exit_status          an exit code as this system takes it from a program
 #     Process              a command and all that it starts
-#     end_leftovers        end what a dead worker's attempt left running
+#     Leftovers            what a dead worker's attempt left running
 #     memory_kills         how many processes the system has ended for want of memory; 0 on Windows
 #   worker processes
 #     become_worker        make this process a worker: signals, descriptors, orphans
@@ -2853,7 +2933,7 @@ if sys.platform == "win32":
     _ntdll = ctypes.WinDLL("ntdll")
     _kernel32.CreateEventW.restype = _kernel32.OpenEventW.restype = wintypes.HANDLE
     _kernel32.CreateJobObjectW.restype = _kernel32.OpenJobObjectW.restype = wintypes.HANDLE
-    _kernel32.CreateFileW.restype = wintypes.HANDLE
+    _kernel32.CreateFileW.restype = _kernel32.OpenProcess.restype = wintypes.HANDLE
     _NO_SUCH_FILE = 2
 
     def _must(result: Any) -> Any:
@@ -2935,26 +3015,46 @@ if sys.platform == "win32":
         """A named event: it exists as long as the worker that listens, which the system sees to."""
 
         def __init__(self, home: Home, worker: int) -> None:
+            self.has_news = False  # somebody has rung, or the neighbour has ended, since this was set to False
             self._event = _must(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
+            self._neighbour: int | None = None
 
         def wait(self, timeout_s: float, process: Process | None = None) -> bool:
-            """Sleep until somebody rings (True), the process ends, or the time is over."""
-            handles = [self._event] + ([process.handle] if process else [])
+            """Sleep until there is news (True), the process ends, or the time is over."""
+            news = [self._event] + [self._neighbour] * (self._neighbour is not None)
+            handles = news + ([process.handle] if process else [])
             array = (wintypes.HANDLE * len(handles))(*handles)
             ms = max(0, math.ceil(timeout_s * 1000))
-            return bool(_kernel32.WaitForMultipleObjects(len(handles), array, False, ms) == 0)
+            is_news = bool(_kernel32.WaitForMultipleObjects(len(handles), array, False, ms) < len(news))
+            self.has_news = self.has_news or is_news
+            return is_news
+
+        def watch(self, process: str | None) -> bool:
+            """Let the end of another worker's process be news; False where the system does not tell of it."""
+            if self._neighbour is not None:
+                _kernel32.CloseHandle(wintypes.HANDLE(self._neighbour))
+                self._neighbour = None
+            if process:
+                pid, _, start = process.partition(":")
+                synchronize, query = 0x100000, 0x1000
+                handle = _kernel32.OpenProcess(synchronize | query, False, int(pid))
+                if handle and str(_start_of(handle)) == start:
+                    self._neighbour = int(handle)
+                elif handle:
+                    _kernel32.CloseHandle(wintypes.HANDLE(handle))
+            return self._neighbour is not None
+
+        def look_after(self) -> None:
+            """Nobody can remove an event."""
 
         def close(self) -> None:
             """Listen no more."""
+            self.watch(None)
             _kernel32.CloseHandle(self._event)
 
     def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens any more."""
+        """Wake a worker; False where nobody listens."""
         return _with_event(home, worker, True)
-
-    def is_alive(home: Home, worker: int) -> bool:
-        """Does a worker listen to its bell?"""
-        return _with_event(home, worker, False)
 
     def _with_event(home: Home, worker: int, ring: bool) -> bool:
         event_modify_state = 0x2
@@ -2967,7 +3067,48 @@ if sys.platform == "win32":
         return True
 
     def _event_name(home: Home, worker: int) -> str:
-        return _object_name("bell", f"{worker}@{home.path}")
+        return _object_name("bell", run_tag_in(file_identity(home.database), str(worker)))
+
+    # ---- life
+
+    def own_process() -> str:
+        """What tells this process from every other: its id, and when it started."""
+        return f"{os.getpid()}:{_start_of(-1)}"
+
+    def _start_of(handle: int) -> int:
+        """When a process started, by a handle of it; -1 is our own."""
+        times = [ctypes.c_uint64() for _ in range(4)]
+        _kernel32.GetProcessTimes(wintypes.HANDLE(handle), *map(ctypes.byref, times))
+        return times[0].value
+
+    def can_see(process: str | None) -> bool:
+        """Job objects are known by name on the whole machine."""
+        return True
+
+    class Life:
+        """The file in which a worker notes the command that it runs; its sign of life is the event of its bell."""
+
+        def __init__(self, home: Home, worker: int) -> None:
+            self._path = home.life(worker)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_BINARY, 0o600)
+
+        def note(self, run_tag: str, command: Command) -> None:
+            """Put on record what was started; not on disk, since nothing of it outlives the machine."""
+            with contextlib.suppress(OSError):  # the disk is full
+                os.lseek(self._fd, 0, os.SEEK_SET)
+                os.write(self._fd, f"{run_tag} {command.pid} {command.since} {command.until}".ljust(120).encode())
+
+        def look_after(self) -> None:
+            """Nobody can remove a file that is open."""
+
+        def close(self) -> None:
+            """Leave: there is nothing left to be recovered."""
+            os.close(self._fd)
+            remove_file(self._path)
+
+    def is_alive(home: Home, worker: int, process: str | None) -> bool:
+        """Does a worker's process live? The event of its bell goes with it."""
+        return _with_event(home, worker, False)
 
     # ---- write gate
 
@@ -2997,7 +3138,7 @@ if sys.platform == "win32":
     _HIDDEN = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
     _KILL_ON_JOB_CLOSE, _BREAKAWAY_OK = 0x2000, 0x800
     _JOB_SET, _JOB_QUERY, _JOB_TERMINATE = 0x2, 0x4, 0x8  # rights to a job object
-    _EXTENDED_LIMITS, _ACCOUNTING = 9, 1  # information classes of a job object
+    _EXTENDED_LIMITS, _ACCOUNTING, _PROCESS_IDS = 9, 1, 3  # information classes of a job object
 
     class _Limits(ctypes.Structure):
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION."""
@@ -3028,6 +3169,11 @@ if sys.platform == "win32":
             ("terminated", wintypes.DWORD),
         ]
 
+    class _ProcessIds(ctypes.Structure):
+        """JOBOBJECT_BASIC_PROCESS_ID_LIST."""
+
+        _fields_ = [("assigned", wintypes.DWORD), ("listed", wintypes.DWORD), ("ids", ctypes.c_size_t * 100)]
+
     def _limit(job: int, flags: int) -> None:
         """Say what holds for the processes of a job object, and for its end."""
         limits = _Limits(flags=flags)
@@ -3052,15 +3198,21 @@ if sys.platform == "win32":
         handle = _kernel32.OpenJobObjectW(rights, False, _object_name("job", run_tag))
         return int(handle) if handle else None
 
-    def _end_job(job: int, timeout_s: float = 10.0) -> bool:
-        """End every process of a job object; False where some are still there."""
+    def _end_job(job: int, timeout_s: float) -> list[str]:
+        """End every process of a job object; those that are still there after that time."""
         deadline = time.monotonic() + timeout_s
         used = _Accounting(active=1)
         while used.active and time.monotonic() < deadline:
             _kernel32.TerminateJobObject(wintypes.HANDLE(job), 1)
             _query(job, _ACCOUNTING, used)  # it ends them in its own time: wait, or the next attempt meets them
             time.sleep(0.005 if used.active else 0)
-        return not used.active
+        return _processes_of(job) if used.active else []
+
+    def _processes_of(job: int) -> list[str]:
+        """The ids of the processes in a job object, of the first hundred at least."""
+        found = _ProcessIds()
+        _query(job, _PROCESS_IDS, found)
+        return [str(pid) for pid in found.ids[: found.listed]] or ["processes that the system does not name"]
 
     class Process:
         """A command in a job object of its own, which dies with this process."""
@@ -3076,6 +3228,7 @@ if sys.platform == "win32":
                 with os.fdopen(open_log(log), "ab") as output:
                     self._popen = _start_suspended(line, cwd, {**env, RUN_TAG: run_tag}, stdin, output)
                 self.handle = int(self._popen._handle)  # type: ignore[attr-defined]
+                self.command = Command(self._popen.pid, 0, 0)
                 self._resume()
             except BaseException:
                 self.close()
@@ -3101,9 +3254,9 @@ if sys.platform == "win32":
             _query(self._job, _ACCOUNTING, used)
             return Exit(code, None, limits.peak_process_memory or None, (used.user + used.kernel) / 1e7 or None)
 
-        def end(self, grace_s: float) -> None:
+        def end(self, grace_s: float) -> list[str]:
             """End it and all that it started, at once: a hidden console has nobody to ask it to leave."""
-            _end_job(self._job)
+            return _end_job(self._job, timeout_s=1.0)
 
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
@@ -3140,18 +3293,22 @@ if sys.platform == "win32":
                     return path
         return word
 
-    def end_leftovers(run_tag: str, log: str) -> bool:
-        """End what a dead worker's attempt left running; False where some of it is still there.
+    class Leftovers:
+        """What a dead worker's attempt left running: the system ends it with the worker, here we wait until it has."""
 
-        The system ends it with the worker; here we only wait until it has.
-        """
-        job = _open_job(run_tag, _JOB_QUERY | _JOB_TERMINATE)
-        if job is None:
-            return ctypes.get_last_error() == _NO_SUCH_FILE
-        try:
-            return _end_job(job, timeout_s=2.0)
-        finally:
-            _kernel32.CloseHandle(wintypes.HANDLE(job))
+        def __init__(self, run_tag: str, command: Command | None, log: str, is_under_way: Callable[[], bool]) -> None:
+            self._run_tag = run_tag
+
+        def end(self, timeout_s: float) -> list[str]:
+            """End it; what is still there after that time."""
+            job = _open_job(self._run_tag, _JOB_QUERY | _JOB_TERMINATE)
+            if job is None:
+                is_gone = ctypes.get_last_error() == _NO_SUCH_FILE
+                return [] if is_gone else ["processes that the system does not let us look at"]
+            try:
+                return _end_job(job, timeout_s)
+            finally:
+                _kernel32.CloseHandle(wintypes.HANDLE(job))
 
     def memory_kills() -> int:
         """How many processes this system has ended for want of memory: Windows refuses memory, and ends none."""
@@ -3194,6 +3351,7 @@ if sys.platform == "win32":
 else:
     import fcntl
     import select
+    import stat
 
     # ---- files
 
@@ -3223,8 +3381,14 @@ else:
     _APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
     def open_log(path: str) -> int:
-        """A descriptor that appends."""
-        return os.open(path, _APPENDING, 0o600)
+        """A descriptor that appends to a file; OSError for all else, since a pipe would wait for its other end."""
+        try:
+            fd = os.open(path, _APPENDING | NONBLOCK, 0o600)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # of a pipe that nobody reads, or a socket
+                raise
+            raise OSError(errno.EINVAL, "it is no regular file", path) from None
+        return require_regular(fd, path)
 
     CAN_TELL_WHO_OPENS = hasattr(fcntl, "F_SETLEASE")  # Linux
 
@@ -3246,56 +3410,201 @@ else:
     _RING = b"\0"  # never the number of a signal
 
     class Bell:
-        """A FIFO: it has a reader as long as its worker lives, which the system sees to.
+        """A FIFO that others write to. Signals do too, among them the one that says that a child has ended.
 
-        Signals ring it too, among them the one that says that a child has ended: so one wait
-        waits for everything, on every POSIX system.
+        So one wait waits for everything, on every POSIX system; and on Linux also for the end of a neighbour.
         """
 
         def __init__(self, home: Home, worker: int) -> None:
+            self.has_news = False  # somebody has rung, or the neighbour has ended, since this was set to False
             self._path = home.bell(worker)
+            self._neighbour = -1
+            self._poll = select.poll()
+            self._hang()
+
+        def _hang(self) -> None:
             remove_file(self._path)
             os.mkfifo(self._path, 0o600)
             self._fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
-            self._poll = select.poll()
             self._poll.register(self._fd, select.POLLIN)
             signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
 
         def wait(self, timeout_s: float, process: Process | None = None) -> bool:
-            """Sleep until somebody rings (True), the process ends, or the time is over."""
-            self._poll.poll(max(0, math.ceil(timeout_s * 1000)))
-            try:
-                return _RING in os.read(self._fd, 4096)
-            except BlockingIOError:
-                return False
+            """Sleep until there is news (True), the process ends, or the time is over."""
+            ready = self._poll.poll(max(0, math.ceil(timeout_s * 1000)))
+            rung = b""
+            with contextlib.suppress(BlockingIOError):
+                rung = os.read(self._fd, 4096)
+            if process is None and rung:
+                _reap()  # what an earlier job left running is ours to see off
+            is_news = _RING in rung or any(fd == self._neighbour for fd, _ in ready)
+            self.has_news = self.has_news or is_news
+            return is_news
+
+        def watch(self, process: str | None) -> bool:
+            """Let the end of another worker's process be news; False where the system does not tell of it."""
+            if self._neighbour >= 0:
+                self._poll.unregister(self._neighbour)
+                os.close(self._neighbour)
+                self._neighbour = -1
+            if process and process.rsplit(":", 2)[0] == _own_namespace() and hasattr(os, "pidfd_open"):  # Linux
+                with contextlib.suppress(OSError):
+                    self._neighbour = os.pidfd_open(int(process.split(":")[2]))
+                    self._poll.register(self._neighbour, select.POLLIN)
+            return self._neighbour >= 0
+
+        def look_after(self) -> None:
+            """Hang it anew where somebody has removed or replaced it."""
+            if not _is_same(self._path, self._fd):
+                before = self._fd
+                self._hang()
+                self._poll.unregister(before)
+                os.close(before)
 
         def close(self) -> None:
             """Listen no more."""
             signal.set_wakeup_fd(-1)
-            with contextlib.suppress(OSError):  # in a home that was made anew it is another's
-                if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
-                    remove_file(self._path)
+            self.watch(None)
+            if _is_same(self._path, self._fd):  # in a home that was made anew it is another's
+                remove_file(self._path)
             os.close(self._fd)
 
-    def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens any more."""
-        return _with_fifo(home, worker, _RING)
+    def _is_same(path: str, fd: int) -> bool:
+        """Is the file of a descriptor still the one at a path?"""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(fd))
+        except OSError:
+            return False
 
-    def is_alive(home: Home, worker: int) -> bool:
-        """Does a worker listen to its bell?"""
-        return _with_fifo(home, worker, b"")
+    def _reap() -> None:
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+    def ring(home: Home, worker: int) -> bool:
+        """Wake a worker; False where nobody listens."""
+        return _with_fifo(home, worker, _RING)
 
     def _with_fifo(home: Home, worker: int, message: bytes) -> bool:
         try:
             fd = os.open(home.bell(worker), os.O_WRONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
+        except OSError:  # among them ENXIO: it has no reader
             return False
-        except OSError as error:
-            return error.errno != errno.ENXIO  # no reader; any other trouble is ours, not its death
         with contextlib.suppress(OSError):  # full: it has been rung often enough
             os.write(fd, message)
         os.close(fd)
         return True
+
+    # ---- life
+
+    @functools.cache
+    def _own_namespace() -> str:
+        """The start of the machine and the PID namespace that this process is in: process ids mean something there."""
+        if not _HAS_PROC:
+            return ":"
+        return f"{_read('/proc/sys/kernel/random/boot_id').decode().strip()}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+    _FIRST_NAMESPACE = "4026531836"  # of a Linux machine (PROC_PID_INIT_INO): it sees the processes of all others
+
+    def own_process() -> str:
+        """What tells this process from every other: start of the machine, PID namespace, process id, its own start."""
+        if _HAS_PROC and os.readlink("/proc/self") != str(os.getpid()):
+            raise QueueError("/proc shows the processes of another PID namespace; use unshare with --mount-proc")
+        return f"{_own_namespace()}:{os.getpid()}:{_start_of(os.getpid())}"
+
+    def _start_of(pid: int) -> int | None:
+        """When a process started; None where there is no such process, or it has ended."""
+        if _HAS_PROC:
+            with contextlib.suppress(OSError):
+                state, _, _, start, _ = _stat(pid)
+                return None if state in "ZX" else start
+            return None
+        return next((found.start for found in _processes() if found.pid == pid), None)
+
+    def can_see(process: str | None) -> bool:
+        """Would a process show here that somebody started beside that one? If not, not to see any proves nothing."""
+        if process is None or process.rsplit(":", 2)[0] == _own_namespace():
+            return True
+        boot, namespace, pid, _ = process.split(":")
+        own_boot, own_namespace = _own_namespace().split(":")
+        if boot != own_boot or pid == "1":
+            return True  # with the machine, and with the first process of a namespace, all in it has ended
+        return own_namespace == _FIRST_NAMESPACE or _is_in_sight(namespace)
+
+    def _is_in_sight(namespace: str) -> bool:
+        """Is a process of a PID namespace visible here?"""
+        for pid in _pids():
+            with contextlib.suppress(OSError):
+                if str(os.stat(f"/proc/{pid}/ns/pid").st_ino) == namespace:
+                    return True
+        return False
+
+    def _lives(process: str) -> bool | None:
+        """Does exactly that process live? None where nobody can say from here."""
+        boot, namespace, pid, start = process.split(":")
+        own_boot, own_namespace = _own_namespace().split(":")
+        if boot != own_boot:
+            return False
+        if namespace != own_namespace:
+            return None if own_namespace != _FIRST_NAMESPACE or _is_in_sight(namespace) else False
+        return str(_start_of(int(pid))) == start
+
+    class Life:
+        """A worker's sign of life: a file that its process keeps locked, in which it notes the command that it runs.
+
+        The system drops the lock with the process. No child inherits it, and whoever opens the file does not hold
+        it. To close any other descriptor of the file would drop it too, so a worker never opens its own again.
+        """
+
+        def __init__(self, home: Home, worker: int) -> None:
+            self._path = home.life(worker)
+            self._note = b""
+            self._fd = self._make()
+
+        def _make(self) -> int:
+            made = self._path + ".new"
+            remove_file(made)
+            fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(fd, self._note)
+            os.rename(made, self._path)  # locked before anybody can see it
+            return fd
+
+        def note(self, run_tag: str, command: Command) -> None:
+            """Put on record what was started; not on disk, since nothing of it outlives the machine."""
+            self._note = f"{run_tag} {command.pid} {command.since} {command.until}".ljust(120).encode()
+            with contextlib.suppress(OSError):  # the disk is full
+                os.pwrite(self._fd, self._note, 0)
+
+        def look_after(self) -> None:
+            """Make it anew where somebody has removed or replaced it."""
+            if not _is_same(self._path, self._fd):
+                before, self._fd = self._fd, self._make()
+                os.close(before)
+
+        def close(self) -> None:
+            """Leave: there is nothing left to be recovered."""
+            if _is_same(self._path, self._fd):
+                remove_file(self._path)
+            os.close(self._fd)
+
+    def is_alive(home: Home, worker: int, process: str | None) -> bool:
+        """Does a worker's process live? Nothing that is missing or cannot be looked at counts as its death."""
+        if process is None:  # of release 1.0, whose bell had a reader as long as it lived
+            return _with_fifo(home, worker, b"")
+        try:
+            fd = os.open(home.life(worker), os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return _lives(process) is not False
+        except OSError:
+            return True
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return _lives(process) is True  # then the file is not the one that it has locked
 
     # ---- write gate
 
@@ -3347,126 +3656,221 @@ else:
         """An exit code as this system takes it: of 8 bits. Windows has larger ones, and none of those is success."""
         return code if 0 <= code < 256 else code % 256 or 1
 
-    _Identity = tuple[int, str]  # a process id and when that process started
-    _HAS_PROC = os.path.isdir("/proc/self/fd")  # Linux; elsewhere `ps` tells what it can
+    _HAS_PROC = os.uname().sysname == "Linux" and os.path.isdir("/proc/self/fd")  # elsewhere `ps` tells what it can
     _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
+    _RLIMIT_LOCKS = 10  # of Linux, which has not counted by it since 2.4 and hands it down to every child
+    _RUN_NUMBERS = 1 << 61  # run numbers are at least this: no administrator sets such a limit
+    _Identity = tuple[int, int]  # a process id and when that process started
 
-    def _processes() -> dict[_Identity, int]:
-        """Every process that has not ended, and its parent's id."""
-        found = {}
-        if not _HAS_PROC:
-            for line in _ps("-axo", "pid=,ppid=,stat=,lstart="):
-                pid, ppid, state, started = line.split(None, 3)
-                if state[0] != "Z":
-                    found[int(pid), started.strip()] = int(ppid)
-            return found
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                state, parent, started = _stat(entry)
-                if state not in "ZX":
-                    found[int(entry), started] = parent
-        return found
+    class _Found(NamedTuple):
+        """A process that has not ended."""
 
-    def _stat(pid: int | str) -> tuple[str, int, str]:
-        """State, parent and start of a process (proc(5): the name may hold anything, up to the last bracket)."""
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        return fields[0].decode(), int(fields[1]), fields[19].decode()
+        pid: int
+        start: int  # in clock ticks since the machine started; where there is no /proc in seconds since 1970
+        parent: int
+        session: int  # where there is no /proc its group
+        name: str
+        run: int | None  # the number of the run that it belongs to, where it tells
 
-    def _ps(*options: str) -> list[str]:
-        """What `ps` says, a line a process."""
-        import subprocess
+    def _run_number(run_tag: str) -> int:
+        """A run tag as a resource limit: it stays where the environment is cleared, and everybody may read it."""
+        return _RUN_NUMBERS + int.from_bytes(run_tag.encode(), "big") % (_RUN_NUMBERS - 1)  # by a prime number
 
-        with subprocess.Popen(["ps", *options], stdout=subprocess.PIPE) as ps:
-            lines = cast(IO[bytes], ps.stdout).read().decode(errors="replace").splitlines()
-        return [line for line in lines if line.split(None, 1)[0] != str(ps.pid)]  # without itself
-
-    def _run_tags(table: Iterable[_Identity]) -> dict[_Identity, str | None]:
-        """The run tag in the environment that each process was started with; None where it was cleared."""
+    def _hand_down(run_tag: str) -> None:
+        """Let the processes that are started from here on belong to a run."""
         if _HAS_PROC:
-            return {process: _run_tag_of(process[0]) for process in table}
-        found = {}
-        for line in _ps("-axEwwo", "pid=,command="):
-            pid, _, rest = line.strip().partition(" ")
-            found[int(pid)] = next(iter(re.findall(rf" {RUN_TAG}=(\S+)", rest)), None)
-        return {process: found.get(process[0]) for process in table}
+            with contextlib.suppress(ImportError, ValueError, OSError):  # where the limit is lowered for good
+                import resource
 
-    def _run_tag_of(pid: int) -> str | None:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-            _, found, rest = (b"\0" + file.read()).partition(f"\0{RUN_TAG}=".encode())
-            return os.fsdecode(rest.partition(b"\0")[0]) if found else None
+                resource.setrlimit(_RLIMIT_LOCKS, (_run_number(run_tag), resource.RLIM_INFINITY))
+
+    def _run_of(pid: int) -> int | None:
+        """The run number of a process, by its limit or its environment; None where neither tells."""
+        with contextlib.suppress(OSError, IndexError):
+            limit = _read(f"/proc/{pid}/limits").partition(b"file locks")[2].split(None, 1)[0]
+            if limit.isdigit() and int(limit) >= _RUN_NUMBERS:
+                return int(limit)
+        with contextlib.suppress(OSError):
+            _, found, rest = (b"\0" + _read(f"/proc/{pid}/environ")).partition(f"\0{RUN_TAG}=".encode())
+            return _run_number(os.fsdecode(rest.partition(b"\0")[0])) if found else None
         return None
 
-    def _writes_to(pid: int, path: str) -> bool:
-        """Does a process hold a file open for writing?"""
+    def _read(path: str) -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+
+    def _ticks() -> int:
+        """Now, in the unit in which the start of a process is told."""
+        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") if _HAS_PROC else time.time())
+
+    def _stat(pid: int) -> tuple[str, int, int, int, str]:
+        """State, parent, session, start and name of a process (proc(5): the name may hold anything)."""
+        head, _, tail = _read(f"/proc/{pid}/stat").rpartition(b")")
+        state, parent, _, session, *rest = tail.split(None, 20)
+        return state.decode(), int(parent), int(session), int(rest[15]), os.fsdecode(head.partition(b"(")[2])
+
+    def _find(pid: int, since: int) -> _Found | None:
+        """A process, unless it has ended, or started before a moment."""
+        with contextlib.suppress(OSError):
+            state, parent, session, start, name = _stat(pid)
+            if state not in "ZX" and start >= since:
+                return _Found(pid, start, parent, session, name, _run_of(pid))
+        return None
+
+    def _newest_pid() -> int:
+        """The process id that was given last."""
+        return int(_read("/proc/loadavg").rsplit(None, 1)[1])
+
+    def _processes(since: int = 0) -> Iterator[_Found]:
+        """Every process that started since a moment, and then those that were made meanwhile, until there are none.
+
+        TimeoutError where they are still being made after a while.
+        """
+        if not _HAS_PROC:
+            yield from _ps(since)
+            return
+        newest = _newest_pid()
+        pids: Sequence[int] = _pids()
+        deadline = time.monotonic() + 0.05
+        while pids:
+            yield from filter(None, (_find(pid, since) for pid in pids))
+            before, newest = newest, _newest_pid()
+            pids = range(before + 1, newest + 1) if newest >= before else _pids()  # the numbers begin anew at times
+            if pids and time.monotonic() > deadline:
+                raise TimeoutError
+
+    def _pids() -> list[int]:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+    def _ps(since: int) -> Iterator[_Found]:
+        """The same from `ps`, which shows the environment after the command."""
+        import subprocess
+
+        options = ["ps", "-axEww", "-o", "pid=,ppid=,pgid=,stat=,lstart=,command="]
+        with subprocess.Popen(options, stdout=subprocess.PIPE, env={**os.environ, "LC_ALL": "C"}) as ps:
+            lines = cast(IO[bytes], ps.stdout).read().decode(errors="replace").splitlines()
+        for line in lines:
+            pid, parent, group, state, *when, command = line.split(None, 9)
+            start = int(time.mktime(time.strptime(" ".join(when), "%a %b %d %H:%M:%S %Y")))
+            tags = re.findall(rf" {RUN_TAG}=(\S+)", command)
+            if state[0] != "Z" and start >= since and int(pid) != ps.pid:
+                name = os.path.basename(command.split()[0])
+                yield _Found(int(pid), start, int(parent), int(group), name, _run_number(tags[0]) if tags else None)
+
+    def _writes_to(pid: int, file: tuple[int, int]) -> bool:
+        """Does a process hold a file open for writing? It is known by its device and inode, whatever its path."""
         folder = f"/proc/{pid}/fd"
         with contextlib.suppress(OSError):
             for fd in os.listdir(folder):
-                if os.readlink(f"{folder}/{fd}") == path and os.lstat(f"{folder}/{fd}").st_mode & 0o200:
-                    return True
+                with contextlib.suppress(OSError):
+                    if file_identity(f"{folder}/{fd}") == file and os.lstat(f"{folder}/{fd}").st_mode & 0o200:
+                        return True
         return False
 
-    def _family(table: Mapping[_Identity, int], roots: Iterable[_Identity], run_tag: str) -> set[_Identity]:
-        """The roots, every process that has the run tag, and what they started; never another attempt's."""
-        tags = _run_tags(table)
-        waiting = [*roots, *(process for process in table if tags[process] == run_tag)]
-        found: set[_Identity] = set()
-        while waiting:
-            process = waiting.pop()
-            if process not in found and tags[process] in (None, run_tag):
-                found.add(process)
-                waiting += [child for child, parent in table.items() if parent == process[0]]
-        return found
-
-    def _own_children() -> set[_Identity]:
-        """What an earlier attempt left running with this process as its reaper; nearly always nothing."""
-        if not _HAS_PROC:  # where there is no subreaper either
-            return set()
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return set()
-        return {process for process, parent in _processes().items() if parent == os.getpid()}
-
     def _send(process: _Identity, number: int) -> None:
-        """Signal a process unless its id has gone to another meanwhile."""
-        with contextlib.suppress(OSError):
+        """Signal a process unless its id has gone to another meanwhile; PermissionError where it is not ours to end."""
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             if not hasattr(os, "pidfd_open"):  # macOS, and Pythons that were built on an old Linux
-                if process in _processes():
+                if any((found.pid, found.start) == process for found in _processes()):
                     os.kill(process[0], number)
                 return
             fd = os.pidfd_open(process[0])  # from here on the id cannot change hands under us
             try:
-                if _stat(process[0])[2] == process[1]:
+                if _stat(process[0])[3] == process[1]:
                     signal.pidfd_send_signal(fd, number)
             finally:
                 os.close(fd)
 
-    def _ask_to_leave(find: Callable[[], set[_Identity]], grace_s: float) -> None:
-        """Send SIGTERM, and wait until all have gone or the grace is over."""
-        deadline = time.monotonic() + grace_s
-        for process in sorted(find()):
-            # By id, so parents before their children: a shell hears of it before it misses the command
-            # that it waits for, and can clean up.
-            _send(process, signal.SIGTERM)
-            _send(process, signal.SIGCONT)  # one that is stopped cannot hear
-        while time.monotonic() < deadline and find():
-            time.sleep(0.03)
+    def _is_hidden(pid: int) -> bool:
+        """Is there a process that is not ours and that /proc does not show (its option hidepid)?"""
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return not os.path.exists(f"/proc/{pid}")
+        except OSError:
+            pass
+        return False
 
-    def _end_all(find: Callable[[], set[_Identity]], timeout_s: float) -> bool:
-        """Kill processes, and what they start meanwhile; False where some are still there."""
-        deadline = time.monotonic() + timeout_s
-        frozen: set[_Identity] = set()
-        while members := find():
-            # Freeze first, until nobody new appears: what forks as fast as we kill cannot get away.
-            fresh = members - frozen
-            for process in members:
-                _send(process, signal.SIGSTOP if fresh else signal.SIGKILL)
-            time.sleep(0 if fresh else 0.005)
-            frozen |= members
-            if time.monotonic() > deadline:
-                return False
-        return True
+    class _Family:
+        """The processes of one attempt: all that have its run number, and what is related to them."""
+
+        def __init__(
+            self, run_tag: str, command: Command | None, reaper: int = -1,
+            writes: Callable[[int], bool] = lambda pid: False, between: Callable[[], object] = lambda: None,
+        ) -> None:  # fmt: skip
+            self._run, self._command, self._reaper = _run_number(run_tag), command, reaper
+            self._writes, self._between = writes, between  # is the log open there? And what is to be done between looks
+            self._members: set[_Identity] = set()  # all that were ever seen
+            self._refusing: set[_Identity] = set()  # those that are not ours to signal
+
+        def ask_to_leave(self, grace_s: float) -> None:
+            """Send SIGTERM, and wait until all have gone or the grace is over."""
+            deadline = time.monotonic() + grace_s
+            # By id, so parents before their children: a shell hears of it before it misses the command
+            # that it waits for, and can clean up. One that is stopped cannot hear.
+            self._signal(signal.SIGTERM, signal.SIGCONT)
+            while time.monotonic() < deadline and self._signal().keys() - self._refusing:
+                time.sleep(0.03)
+
+        def end(self, timeout_s: float) -> list[str]:
+            """Kill them all, and what they start meanwhile; those that are still there after that time.
+
+            They are stopped first, until nobody new appears: what forks as fast as we kill cannot get away.
+            """
+            deadline = time.monotonic() + timeout_s
+            known: set[_Identity] = set()
+            number = signal.SIGSTOP
+            while found := self._signal(number):
+                if time.monotonic() > deadline or found.keys() <= self._refusing:
+                    break
+                number = signal.SIGKILL if found.keys() <= known else signal.SIGSTOP
+                known |= found.keys()
+                time.sleep(0.005 if number == signal.SIGKILL else 0)
+            return [f"{pid} ({name})" for (pid, _), name in found.items()]
+
+        def _signal(self, *numbers: int) -> dict[_Identity, str]:
+            """Send signals to each of them; their names.
+
+            Nobody is there only if every process that was made during the look has been looked at too.
+            """
+            self._between()
+            found: dict[_Identity, str] = {}
+            pids: set[int] = set()
+            try:
+                for process in _processes(self._command.since if self._command else 0):
+                    if self._has(process, pids):
+                        pids.add(process.pid)
+                        found[process.pid, process.start] = process.name
+                        self._send((process.pid, process.start), numbers)
+            except TimeoutError:
+                found = found or {(0, 0): "processes that are made faster than they can be looked at"}
+            if self._command and self._command.pid not in pids and _is_hidden(self._command.pid):
+                found[self._command.pid, 0] = "hidden"
+            self._members |= found.keys()
+            return found
+
+        def _has(self, process: _Found, pids: set[int]) -> bool:
+            """Does a process belong to the attempt? One that tells no run does if it is related to others that do."""
+            if (process.pid, process.start) in self._members:
+                return True
+            if process.run is not None or process.pid == os.getpid():
+                return process.run == self._run
+            command = self._command
+            return (
+                (command is not None and process.pid == command.pid and process.start <= command.until)
+                or process.parent in {self._reaper} | pids
+                or process.session in pids
+                or self._writes(process.pid)
+            )
+
+        def _send(self, process: _Identity, numbers: Iterable[int]) -> None:
+            try:
+                for number in numbers:
+                    _send(process, number)
+            except PermissionError:
+                self._refusing.add(process)
+            except OSError:
+                pass  # it has gone
 
     class Process:
         """A command in a session of its own, whose orphans come to this process."""
@@ -3475,33 +3879,32 @@ else:
             self, command: str | list[str], cwd: str, env: dict[str, str], log: str, run_tag: str,
             stdin: int | None = None,
         ) -> None:  # fmt: skip
-            self._run_tag, self._spared = run_tag, _own_children()
             self._exit: Exit | None = None
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
+            since = _ticks()
             os.chdir(cwd)  # the child begins where we are: posix_spawn has no such option
+            _hand_down(run_tag)
             try:
-                self._pid = _spawn(words, {**env, RUN_TAG: run_tag}, log, stdin)
+                pid = _spawn(words, {**env, RUN_TAG: run_tag}, log, stdin)
             finally:
+                _hand_down(NO_ATTEMPT)
                 os.chdir("/")  # its file system can be unmounted
+            self.command = Command(pid, since, _ticks())
+            self._family = _Family(run_tag, self.command, os.getpid(), between=self.poll)
 
         def poll(self) -> Exit | None:
             """How it ended; None while it runs. Orphans that ended are seen off."""
             with contextlib.suppress(ChildProcessError):  # nothing is left
                 while (ended := os.wait4(-1, os.WNOHANG))[0]:
-                    if ended[0] == self._pid:
+                    if ended[0] == self.command.pid:
                         self._exit = _exit_of(*ended[1:])
             return self._exit
 
-        def _members(self) -> set[_Identity]:
-            table = _processes()
-            mine = {process for process, parent in table.items() if parent == os.getpid()}
-            return _family(table, mine - self._spared, self._run_tag)
-
-        def end(self, grace_s: float) -> None:
-            """End it and all that it started: SIGTERM, and after the grace SIGKILL."""
+        def end(self, grace_s: float) -> list[str]:
+            """End it and all that it started: SIGTERM, and after the grace SIGKILL; what is still there then."""
             if grace_s:
-                _ask_to_leave(self._members, grace_s)
-            _end_all(self._members, timeout_s=10.0)
+                self._family.ask_to_leave(grace_s)
+            return self._family.end(timeout_s=1.0)
 
         def close(self) -> None:
             """Leave alone what still runs, and forget it."""
@@ -3534,18 +3937,27 @@ else:
 
         return shutil.which(word, path=path) or word
 
-    def end_leftovers(run_tag: str, log: str) -> bool:
-        """End what a dead worker's attempt left running; False where some of it is still there.
+    class Leftovers:
+        """What a dead worker's attempt left running.
 
-        It is found by its run tag, and where that was cleared by the log that it holds open.
+        It is found by its run number; where that was given up, as the command that is on record, by parents and
+        sessions, or by the log that it holds open. The log of a later attempt is the same: that sign counts only
+        as long as the attempt is under way, since none can begin before that.
         """
 
-        def find() -> set[_Identity]:
-            table = _processes()
-            writers = [process for process in table if _writes_to(process[0], log)]
-            return _family(table, writers, run_tag)
+        def __init__(self, run_tag: str, command: Command | None, log: str, is_under_way: Callable[[], bool]) -> None:
+            self._log, self._is_under_way = log, is_under_way
+            self._file: tuple[int, int] | None = None
+            self._family = _Family(run_tag, command, writes=self._writes)
 
-        return _end_all(find, timeout_s=0.5)
+        def _writes(self, pid: int) -> bool:
+            return self._file is not None and _writes_to(pid, self._file) and self._is_under_way()
+
+        def end(self, timeout_s: float) -> list[str]:
+            """End it; what is still there after that time."""
+            with contextlib.suppress(OSError):  # it has no log
+                self._file = file_identity(self._log)
+            return self._family.end(timeout_s)
 
     def memory_kills() -> int:
         """How many processes this system has ended for want of memory; only Linux tells (proc(5): vmstat)."""
@@ -3621,6 +4033,7 @@ else:
 
     def leave_job(arguments: Sequence[str]) -> None:
         """Start over without the run tag of the job that starts this worker: it is not of that attempt."""
+        _hand_down(NO_ATTEMPT)
         if os.environ.get(RUN_TAG, NO_ATTEMPT) != NO_ATTEMPT:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
             os.execve(sys.executable, command, {**os.environ, RUN_TAG: NO_ATTEMPT})
@@ -3725,6 +4138,13 @@ def workspace(home: Home) -> Iterator[str]:
 
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=home.path) as path:
         yield path
+
+
+def open_to_read(path: str) -> BinaryIO:
+    """A file; QueueError for a pipe, a directory or the like, which might keep who reads it waiting."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise QueueError(f"{printable(path)} is no regular file; move it away")
+    return open(path, "rb")
 
 
 def size_of(path: str) -> int:
@@ -3854,7 +4274,7 @@ def inherited_environment() -> dict[str, str]:
 def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
     """A log in blocks, from one place to another; nothing where there is none yet."""
     try:
-        file = open(path, "rb")
+        file = open_to_read(path)
     except FileNotFoundError:
         return
     with file:
@@ -3868,7 +4288,7 @@ def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[byte
 def tail_start(path: str, lines: int, end: int | None = None) -> int:
     """Where the last lines of a log, or of what it holds up to a place, begin."""
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             return _start_of_last_lines(file, lines, file.seek(0, os.SEEK_END) if end is None else end)
     except FileNotFoundError:
         return 0
@@ -3911,7 +4331,7 @@ def _start_of_last_lines(file: BinaryIO, lines: int, size: int) -> int:
 
 
 def _ends_line(path: str) -> bool:
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
 
@@ -4058,11 +4478,20 @@ def quoting_hint(job: Job, end: EndReason, exit: Exit) -> str | None:
     return f"the shell took the path of a program apart at its blanks: quote it once more, or enqueue {as_list}"
 
 
+class Supervision(NamedTuple):
+    """How a worker follows an attempt."""
+
+    bell: Bell
+    started: Callable[[Command], object]
+    interrupted: Callable[[bool], EndReason | None]  # why it must end early; hears whether the bell has rung
+    report_left: Callable[[list[str]], object]  # the processes that cannot be ended, until there are none
+
+
 def run_attempt(
-    job: Job, log_path: str, spool: Spool | None, env: dict[str, str], run_tag: str, settings: Settings, bell: Bell,
-    interrupted: Callable[[bool], EndReason | None],
+    job: Job, log_path: str, spool: Spool | None, env: dict[str, str], run_tag: str, settings: Settings,
+    supervision: Supervision,
 ) -> Outcome:  # fmt: skip
-    """Run a job's command once, from start to outcome; `interrupted` says why it must end early."""
+    """Run a job's command once, from start to outcome."""
     settings = settings_for(job, settings)
     try:
         log = JobLog(log_path, job.attempts, spool, settings.log_max_bytes)
@@ -4074,7 +4503,8 @@ def run_attempt(
         log.close()
         return start_failure(error, job)
     try:
-        end, exit = _watch(process, log, settings, bell, interrupted)
+        supervision.started(process.command)
+        end, exit = _watch(process, log, settings, supervision)
     finally:
         process.close()
         log_end = log.close()
@@ -4093,22 +4523,31 @@ def _error_of(end: EndReason, exit: Exit, ok_codes: Sequence[int] | None, settin
     return "cancelled" if end is EndReason.CANCELLED else "given back: its worker was told to leave"
 
 
-def _watch(
-    process: Process, log: JobLog, settings: Settings, bell: Bell, interrupted: Callable[[bool], EndReason | None]
-) -> tuple[EndReason, Exit]:
+def _watch(process: Process, log: JobLog, settings: Settings, supervision: Supervision) -> tuple[EndReason, Exit]:
     """Wait for a command's end, and bring it about where it must come early."""
     left_s = settings.job_timeout or math.inf
     deadline = time.monotonic() + left_s
-    end = EndReason.EXITED
     while True:
-        rung = bell.wait(min(POLL_S, left_s), process)
+        rung = supervision.bell.wait(min(POLL_S, left_s), process)
         if exit := process.poll():
-            return end, exit
+            return EndReason.EXITED, exit
         log.enforce_limit()
         left_s = deadline - time.monotonic()
-        if why := EndReason.TIMED_OUT if left_s <= 0 else interrupted(rung):
-            end, left_s = why, POLL_S
-            process.end(settings.kill_grace)
+        if why := EndReason.TIMED_OUT if left_s <= 0 else supervision.interrupted(rung):
+            return why, _end_whole(process, log, settings, supervision)
+
+
+def _end_whole(process: Process, log: JobLog, settings: Settings, supervision: Supervision) -> Exit:
+    """End a command and all that belongs to it; as long as something of it lives, its attempt has not ended."""
+    left = process.end(settings.kill_grace)
+    while left or not process.poll():
+        supervision.report_left(left)
+        supervision.bell.wait(END_POLL_S, process)
+        supervision.interrupted(False)  # what else is to be done meanwhile
+        log.enforce_limit()
+        left = process.end(0)
+    supervision.report_left([])
+    return cast(Exit, process.poll())
 
 
 def hook_for(state: State | None, settings: Settings) -> str:
@@ -4144,6 +4583,13 @@ def run_hook(line: str, home: Home, env: dict[str, str], document: str, run_tag:
 # ======================================================================== worker
 
 
+class Signs(NamedTuple):
+    """What others know a worker by: what wakes it, and what shows that it lives."""
+
+    bell: Bell
+    life: Life
+
+
 class Duty:
     """Something that a worker does now and then, whatever else it is at."""
 
@@ -4158,9 +4604,10 @@ class Worker:
     Workers are equal peers. Each looks after the jobs of those that died.
     """
 
-    def __init__(self, home: Home, store: Store, row: WorkerRow, bell: Bell, log: Callable[[str], None],
+    def __init__(self, home: Home, store: Store, row: WorkerRow, signs: Signs, log: Callable[[str], None],
                  clock: Clock) -> None:  # fmt: skip
-        self._home, self._store, self._row, self._bell, self._log, self._clock = home, store, row, bell, log, clock
+        self._home, self._store, self._row, self._log, self._clock = home, store, row, log, clock
+        self._bell, self._life = signs
         self._settings = Settings()
         self._hooks: list[tuple[str, str]] = []  # ids of jobs that have ended, and what is to run for them
         self._signals = 0  # how often it was told by a signal to leave
@@ -4176,15 +4623,20 @@ class Worker:
         self._is_outdated = False  # a newer queuectl has changed the schema
         self._clock_offset_ms = math.inf  # the first check finds backoffs that a wrong clock had begun
         self._seen = -1  # `commits_seen` when the last claim began
-        self._next_poll_s = self._next_recovery_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
+        self._next_poll_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
+        self._idle_poll_s = DUTY_S  # how long it sleeps at most while nobody wakes it
+        self._recoveries: dict[int, Recovery] = {}  # of dead workers, by their ids
+        self._left = ""  # processes of the job in hand that cannot be ended
         self._memory_kills = 0
         self._complaint = ""
+        self._ring_duty = Duty(DUTY_S, self._watch_ring)
         self._duties = [
             Duty(DUTY_S, self._check_home),
             Duty(DUTY_S, self._check_schema),
+            Duty(DUTY_S, self._look_after_signs),
             Duty(DUTY_S, self._check_clock),
             Duty(DUTY_S, self._note_memory_kills),
-            Duty(DUTY_S, self._recover_dead_workers),
+            self._ring_duty,
         ]
 
     def leave(self) -> None:
@@ -4254,7 +4706,7 @@ class Worker:
                 "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
                 "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
             }  # fmt: skip
-            run_tag = run_tag_in(self._home, f"hook.{self._row.id}.{self._clock.now_ms()}")
+            run_tag = run_tag_in(self._database, f"hook.{self._row.id}.{self._clock.now_ms()}")
             document = json.dumps(job_json(job))
             env = {**self._env, "PWD": self._home.path, **variables}
             trouble = run_hook(line, self._home, env, document, run_tag, self._bell)
@@ -4291,13 +4743,32 @@ class Worker:
             "QUEUECTL_QUEUE": job.queue,
         }  # fmt: skip
         self._next_poll_s = self._clock.monotonic_s() + POLL_S
+        run_tag = run_tag_in(self._database, job.run_tag)
+        supervision = Supervision(
+            self._bell, functools.partial(self._life.note, run_tag), functools.partial(self._interrupted, job),
+            self._report_left,
+        )  # fmt: skip
         outcome = run_attempt(
-            job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})},
-            run_tag_in(self._home, job.run_tag), self._settings, self._bell, functools.partial(self._interrupted, job),
+            job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})}, run_tag,
+            self._settings, supervision,
         )  # fmt: skip
         if outcome.end is EndReason.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
             return outcome._replace(error=f"{outcome.error}; probably out of memory")
         return outcome
+
+    def _report_left(self, left: Sequence[str]) -> None:
+        """Name the processes of the job in hand that cannot be ended."""
+        before, after = self._left, ", ".join(left)
+        if after != before:
+            with contextlib.suppress(StoreError):  # it is tried again in a second
+                self._store.workers.set_leftovers(self._row.id, after or None)
+                self._left = after
+                self._log_left(self._row.id, before, after)
+
+    def _log_left(self, worker: int, before: str, after: str) -> None:
+        if after and after != before:
+            reason = leftovers_reason(after)
+            self._log(f"the job of worker {worker} cannot end: {reason.why}; {reason.remedy}")
 
     # ---- waiting
 
@@ -4341,7 +4812,8 @@ class Worker:
         try:
             due = self._store.jobs.next_due()
             while not (self._signals or self._is_homeless or self._is_outdated):
-                left_s = POLL_S if due is None else min(POLL_S, (due - self._clock.now_ms()) / 1000)
+                left_s = math.inf if due is None else (due - self._clock.now_ms()) / 1000
+                left_s = min(left_s, self._idle_poll_s)
                 if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._seen:
                     return
                 self._do_due_duties()
@@ -4359,6 +4831,9 @@ class Worker:
     def _do_due_duties(self) -> None:
         """Do each duty that is due. One that the database refuses is tried again in its next turn."""
         now_s = self._clock.monotonic_s()
+        if self._bell.has_news:
+            self._bell.has_news = False
+            self._ring_duty.due_s = self._next_duty_s = now_s
         if now_s < self._next_duty_s:
             return
         for duty in self._duties:
@@ -4380,6 +4855,14 @@ class Worker:
             self._is_outdated = True
             self._log("the queue was brought up by a newer queuectl: leaves; start a new worker")
 
+    def _look_after_signs(self) -> None:
+        """Make the signs of life anew where somebody has removed them."""
+        try:
+            self._bell.look_after()
+            self._life.look_after()
+        except OSError as error:
+            self._complain(f"cannot make its signs of life anew: {error.strerror}")
+
     def _offset_ms(self) -> float:
         """How far the time of day is ahead of the clock that nobody sets."""
         return self._clock.now_ms() - self._clock.monotonic_s() * 1000
@@ -4396,55 +4879,101 @@ class Worker:
         """Remember how often the system ran out of memory, to tell whether it does so during a job."""
         self._memory_kills = memory_kills()
 
-    def _recover_dead_workers(self) -> None:
-        """See to what dead workers left behind."""
-        for worker in self._store.workers.ids():
-            is_due = self._clock.monotonic_s() >= self._next_recovery_s
-            if worker != self._row.id and is_due and not is_alive(self._home, worker):
-                self._recover(worker)
+    def _watch_ring(self) -> None:
+        """Let the end of the next living worker wake this one, and recover those before it that have died.
 
-    def _recover(self, dead: int) -> None:
-        ended = recover(self._home, self._store, dead, self._settings, self._clock.now_ms())
+        Workers stand in a ring by their ids, so each is watched by another, and that costs the same however many
+        they are. Two more are looked at: whoever should do so may be stopped.
+        """
+        others = self._store.workers.ring_below(self._row.id)
+        self._recoveries = {worker: self._recoveries[worker] for worker, _ in others if worker in self._recoveries}
+        living, is_watching = 0, False
+        for worker, process in others:
+            if living == 3:
+                break
+            if is_alive(self._home, worker, process):
+                living += 1
+                is_watching = is_watching or self._bell.watch(process)
+            else:
+                self._recover(worker, process)
+        if not is_watching:
+            self._bell.watch(None)
+        self._idle_poll_s = DUTY_S if self._recoveries else min(MOST_IDLE_POLL_S, DUTY_S * (1 + len(others)))
+
+    def _recover(self, dead: int, process: str | None) -> None:
+        recovery = self._recoveries.setdefault(dead, Recovery(self._home, self._store, dead))
+        before = recovery.left
+        ended = recovery.attempt(process, self._settings, self._clock)
+        self._log_left(dead, before, recovery.left)
         if ended is None:
-            self._complain(f"the job of dead worker {dead} cannot be ended yet")
-            self._next_recovery_s = self._clock.monotonic_s() + 10 * DUTY_S  # others want the database too
             return
         for job, state in ended:
             self._log(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
             if hook := hook_for(state, self._settings):
                 self._hooks.append((job.id, hook))
+        del self._recoveries[dead]
         self._claim_anew()
+        self._wake_next()  # this worker may have a job in hand
 
     def _claim_anew(self) -> None:
         self._seen = -1  # what we commit ourselves is no news to our connection
 
 
-def run_tag_in(home: Home, what: str) -> str:
-    """The run tag of an attempt or a hook; the home tells it from another queue's."""
-    return f"{what}@{home.path}".replace(" ", "%20")  # one word, for `ps`
+class Recovery:
+    """The recovery of a dead worker: tried until nothing of its job is left, and then the job may be tried again.
 
-
-def recover(home: Home, store: Store, dead: int, settings: Settings, now: int) -> list[tuple[Job, State | None]] | None:
-    """End what a dead worker's job left running; only then may the job be tried again.
-
-    All in one transaction: nobody can claim the job, and write to its log, while we look for who
-    does. The jobs and what they have become; None where something of them cannot be ended.
+    Processes are ended outside of any transaction. No other attempt can begin meanwhile, since nobody claims a job
+    that is processing; and of several who recover the same worker one alone records it, since `finish` is guarded.
     """
-    ended = []
-    with store.db.writing():
-        for job in store.jobs.running_jobs(dead):
-            log = home.log(job.id)
-            keep_spooled(home.spool(dead), log)
-            if not end_leftovers(run_tag_in(home, job.run_tag), log):
-                return None
-            start, _ = log_range(job, store.queries.history(job), job.attempts)
-            error = f"worker {dead} died while it ran"
-            lost = Outcome(EndReason.LOST, error=error, log_start=start, log_end=size_of(log))
-            ended.append((job, store.jobs.finish(job, lost, settings, now)))
-        store.workers.unregister(dead)
-    remove_file(home.bell(dead))
-    remove_file(home.spool(dead))
-    return ended
+
+    def __init__(self, home: Home, store: Store, dead: int) -> None:
+        self._home, self._store, self._dead = home, store, dead
+        self._leftovers: dict[int, Leftovers] = {}  # by the job's seq: what was seen once is not forgotten
+        self._next_s, self._pause_s = 0.0, 0.1  # until the next try: ever longer, since a try costs time
+        self.left = ""  # what cannot be ended
+
+    def attempt(self, process: str | None, settings: Settings, clock: Clock) -> list[tuple[Job, State | None]] | None:
+        """End what is left of the worker's job, unless it is too early to try again; the jobs and what became of them.
+
+        None where something of them is still there, or may be.
+        """
+        if clock.monotonic_s() < self._next_s:
+            return None
+        jobs = self._store.jobs.running_jobs(self._dead)
+        left = ", ".join(left for job in jobs for left in (self._end(job) if can_see(process) else [OUT_OF_SIGHT]))
+        if left != self.left:
+            self._store.workers.set_leftovers(self._dead, left or None)
+            self.left = left
+        if left:
+            self._next_s = clock.monotonic_s() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, MOST_RECOVERY_PAUSE_S)
+            return None
+        with self._store.db.writing():
+            ended = [(job, self._finish(job, settings, clock.now_ms())) for job in jobs]
+            self._store.workers.unregister(self._dead)
+        for path in (self._home.bell(self._dead), self._home.life(self._dead), self._home.spool(self._dead)):
+            remove_file(path)
+        return ended
+
+    def _end(self, job: Job) -> list[str]:
+        """End what a job has left running; what is still there."""
+        if job.seq not in self._leftovers:
+            log = self._home.log(job.id)
+            keep_spooled(self._home.spool(self._dead), log)
+            run_tag = run_tag_in(file_identity(self._home.database), job.run_tag)
+            command = read_command(self._home, self._dead, run_tag)
+            self._leftovers[job.seq] = Leftovers(run_tag, command, log, functools.partial(self._is_running, job))
+        return self._leftovers[job.seq].end(timeout_s=0.5)
+
+    def _is_running(self, job: Job) -> bool:
+        return any(running.run_tag == job.run_tag for running in self._store.jobs.running_jobs(self._dead))
+
+    def _finish(self, job: Job, settings: Settings, now: int) -> State | None:
+        start, _ = log_range(job, self._store.queries.history(job), job.attempts)
+        end = size_of(self._home.log(job.id))
+        error = f"worker {self._dead} died while it ran"
+        lost = Outcome(EndReason.LOST, error=error, log_start=start, log_end=end)
+        return self._store.jobs.finish(job, lost, settings, now)
 
 
 def wake_one(home: Home, store: Store) -> None:
@@ -4465,15 +4994,17 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
     """Be a worker until told to leave; says one line when it is up."""
     # The bell is the last to go: who waits for a worker to leave may then remove its home.
     with contextlib.ExitStack() as last, open_store(home.database, durable=False) as store:
-        row, bell = store.workers.register(
+        row, signs = store.workers.register(
             own_pid(), host_name(), list(queues) or None, drain, now_ms(),
-            open_bell=lambda worker: last.enter_context(contextlib.closing(Bell(home, worker))),
-            is_alive=functools.partial(is_alive, home),
+            open_signs=functools.partial(open_signs, home, last), is_alive=functools.partial(has_living_process, home),
+            process=own_process(),
         )  # fmt: skip
+        others = reversed(store.workers.ring_below(row.id))
+        any(ring(home, worker) for worker, _ in others)  # the first that hears it watches this one from now on
         remove_file(home.spool(row.id))  # that of a worker of this id in an earlier queue: something may write to it
         store.db.busy_timeout_s = WORKER_BUSY_TIMEOUT_S  # from here on there is more to do than to wait
         log = open_worker_log(home, row, echo)
-        worker = Worker(home, store, row, bell, log, Clock())
+        worker = Worker(home, store, row, signs, log, Clock())
         become_worker(worker.leave)
         print(f"worker {row.id} is up (pid {row.pid}, slot {row.slot})", flush=True)  # first: somebody waits for it
         log(f"started, pid {row.pid}, slot {row.slot}")
@@ -4483,6 +5014,17 @@ def serve(home: Home, queues: Sequence[str], drain: bool, echo: bool = False) ->
         except BaseException as error:
             log(f"ended: {error!r}")
             raise
+
+
+def open_signs(home: Home, last: contextlib.ExitStack, worker_id: int) -> Signs:
+    """The signs of life of a worker, closed at the end of what it does."""
+    bell = last.enter_context(contextlib.closing(Bell(home, worker_id)))
+    return Signs(bell, last.enter_context(contextlib.closing(Life(home, worker_id))))
+
+
+def has_living_process(home: Home, row: WorkerRow) -> bool:
+    """Does the worker of a row live?"""
+    return is_alive(home, row.id, row.process)
 
 
 def serve_or_echo(home: Home, queues: Sequence[str], drain: bool) -> None:
@@ -4527,18 +5069,50 @@ def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) ->
 
 def living_workers(home: Home, store: Store) -> list[WorkerRow]:
     """The workers that run now."""
-    return [row for row in store.workers.all() if is_alive(home, row.id)]
+    return [row for row in store.workers.all() if has_living_process(home, row)]
 
 
-def cancel_jobs(home: Home, store: Store, which: Selection) -> list[str]:
+class WaitReporter:
+    """Tells who waits for workers, from a second on, which jobs and processes they wait for: each time that changes."""
+
+    def __init__(self, store: Store, home: Home, echo_err: EchoErr) -> None:
+        self._store, self._home, self._echo_err = store, home, echo_err
+        self._next_poll_s = time.monotonic() + WAIT_REPORT_S
+        self._told: dict[int, str] = {}  # by worker
+
+    def __call__(self, workers: set[int]) -> None:
+        """Tell what is new of these workers."""
+        if time.monotonic() < self._next_poll_s:
+            return
+        self._next_poll_s = time.monotonic() + WAIT_REPORT_S
+        for row in self._store.workers.all():
+            if row.job and row.id in workers:
+                [line] = stuck_lines([row]) or [f"waiting for job {row.job}{self._process(row.job)}"]
+                if line != self._told.get(row.id):
+                    self._echo_err(line)
+                self._told[row.id] = line
+
+    def _process(self, id: str) -> str:
+        pid = pid_of(self._home, self._store.queries.get(id))
+        return f", process {pid}" if pid else ""
+
+
+def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -> list[str]:
     """Cancel jobs, and wait until the processes of those under way are ended; the ids of those cancelled then."""
     chosen = store.changes.cancel(which, now_ms())
-    holders = {job.worker or 0 for job in chosen if job.state is State.PROCESSING}
-    for worker in holders.intersection(store.workers.ids()):
-        if not ring(home, worker):
-            recover(home, store, worker, store.config.settings(), now_ms())
+    holders = {job.worker: Recovery(home, store, job.worker or 0) for job in chosen if job.state is State.PROCESSING}
+    for worker in holders:
+        ring(home, worker or 0)
+    report = WaitReporter(store, home, echo_err)
     seqs = [job.seq for job in chosen]
-    while store.queries.counts(seqs)[State.PROCESSING] and any(is_alive(home, worker) for worker in holders):
+    while store.queries.counts(seqs)[State.PROCESSING]:
+        rows = [row for row in store.workers.all() if row.id in holders]
+        if not rows:
+            break  # a job whose worker has no row: `doctor` tells of it
+        for row in rows:
+            if not has_living_process(home, row):
+                holders[row.id].attempt(row.process, store.config.settings(), Clock())
+        report({row.id for row in rows})
         time.sleep(WAIT_POLL_S)
     return [job.id for job in chosen if store.queries.get(job.id).state is State.CANCELLED]
 
@@ -4591,32 +5165,58 @@ def follow_log(
         time.sleep(FOLLOW_POLL_S)
 
 
-def stop_workers(home: Home, store: Store, how: str, timeout_s: float) -> tuple[list[int], list[int]]:
+def stop_workers(
+    home: Home, store: Store, how: str, timeout_s: float, echo_err: EchoErr
+) -> tuple[list[int], list[int]]:
     """Tell every worker to leave and wait; the ids of those told, and of those still there."""
-    told = [row.id for row in living_workers(home, store)]
+    left = living_workers(home, store)
+    told = [row.id for row in left]
     store.workers.request_stop(told, how)
     for worker in told:
         ring(home, worker)
+    report = WaitReporter(store, home, echo_err)
     deadline = time.monotonic() + timeout_s
-    left = told
     while left and time.monotonic() < deadline:
         time.sleep(WAIT_POLL_S)
-        left = [worker for worker in left if is_alive(home, worker)]
-    return told, left
+        left = [row for row in left if has_living_process(home, row)]
+        report({row.id for row in left})
+    return told, [row.id for row in left]
 
 
 def overview(home: Home, store: Store) -> Overview:
     """The state of the queue now."""
     rows = store.workers.all()
-    alive = [row for row in rows if is_alive(home, row.id)]
+    alive = [row for row in rows if has_living_process(home, row)]
     lost = sum(row.job is not None for row in rows if row not in alive)
-    return Overview(store.queries.counts(), alive, store.queues.all(), lost, store.queries.recent_timeouts())
+    timeouts = store.queries.recent_timeouts()
+    return Overview(store.queries.counts(), alive, store.queues.all(), lost, timeouts, stuck_lines(rows))
 
 
 def reason_of(home: Home, store: Store, job: Job) -> Reason:
-    """Why a job is not running now."""
+    """Why a job is not running now, or why what runs cannot be ended."""
+    for row in store.workers.all():
+        if row.leftovers and row.job == job.id:
+            return leftovers_reason(row.leftovers)
     [obstacles] = store.queries.wait_reasons([job], living_workers(home, store), store.queues.all())
     return why_not_running(job, obstacles, now_ms())
+
+
+def pid_of(home: Home, job: Job) -> int | None:
+    """The process id of a job's command, while it runs."""
+    if job.state is not State.PROCESSING or job.worker is None:
+        return None
+    command = read_command(home, job.worker, run_tag_in(file_identity(home.database), job.run_tag))
+    return command.pid if command else None
+
+
+def stuck_lines(rows: Iterable[WorkerRow]) -> list[str]:
+    """The jobs that cannot be ended, why, and what helps."""
+    return [
+        f"job {row.job} cannot end: {reason.why}; {reason.remedy}"
+        for row in rows
+        if row.leftovers and row.job
+        for reason in [leftovers_reason(row.leftovers)]
+    ]
 
 
 class StallReporter:
@@ -4686,7 +5286,9 @@ def findings(home: Home, store: Store) -> Iterator[str]:
     if damage:
         return
     yield from map(printable, store.upkeep.miscounts())
-    dead = [row for row in store.workers.all() if not is_alive(home, row.id)]
+    rows = store.workers.all()
+    yield from stuck_lines(rows)
+    dead = [row for row in rows if not has_living_process(home, row) and not row.leftovers]
     yield from (f"worker {row.id} died" + (f" with job {row.job}" if row.job else "") +
                 "; a running worker puts it in order: queuectl worker start" for row in dead)  # fmt: skip
     yield from home_problems(home, store.queries.exists, store.workers.ids)
@@ -4697,6 +5299,9 @@ def findings(home: Home, store: Store) -> Iterator[str]:
 def repair_home(home: Home, store: Store) -> None:
     """Repair what the findings are about, as far as it can be."""
     store.upkeep.repair(now_ms())
+    for row in store.workers.all():
+        if not can_see(row.process) and not has_living_process(home, row):  # whoever repairs knows that it is gone
+            store.workers.forget_process(row.id)
     make_private(home)
     remove_stray_logs(home, store.queries.exists, store.workers.ids)
 
@@ -4713,7 +5318,7 @@ def restore_copy(home: Home, store: Store, file: str) -> None:
     refuse_while_working(home, rows)
     for row in rows:
         with contextlib.suppress(Damaged):
-            if recover(home, store, row.id, store.config.settings(), now_ms()) is None:
+            if Recovery(home, store, row.id).attempt(row.process, store.config.settings(), Clock()) is None:
                 raise QueueError(f"the job of dead worker {row.id} cannot be ended yet; nothing was restored")
     with workspace(home) as directory:
         store.upkeep.restore(file, directory, now_ms(), functools.partial(refuse_while_working, home))
@@ -4730,7 +5335,7 @@ def remove_logs(home: Home, store: Store, ids: Sequence[str], batch: int = 100) 
 
 def refuse_while_working(home: Home, rows: Sequence[WorkerRow]) -> None:
     """A queue is not replaced under its workers."""
-    if any(is_alive(home, row.id) for row in rows):
+    if any(has_living_process(home, row) for row in rows):
         raise QueueError("workers are running; stop them first: queuectl worker stop")
 
 
@@ -5119,7 +5724,7 @@ def worker_stop_command(home: Home, store: Store, now: bool, timeout: str | None
     busy = [row.job for row in living_workers(home, store) if row.job] if is_watched else []
     if busy:
         echo_err(f"workers leave when their jobs have ended, {busy[0]} among them; to end those: worker stop --now")
-    told, left = stop_workers(home, store, "now" if now else "finish", timeout_s)
+    told, left = stop_workers(home, store, "now" if now else "finish", timeout_s, echo_err)
     if left:
         raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
     answer(as_json, [{"id": worker} for worker in told], [f"{number_of(len(told), 'worker')} stopped"])
@@ -5133,6 +5738,8 @@ def worker_list_command(home: Home, store: Store, as_json: bool) -> None:
     """Show the workers that run."""
     rows = living_workers(home, store)
     answer(as_json, [worker_json(row) for row in rows], worker_lines(rows, now_ms(), width()))
+    for line in stuck_lines(store.workers.all()):
+        echo_err(line)
 
 
 @cli.command("status")
@@ -5217,11 +5824,11 @@ def show_command(home: Home, store: Store, id: str, as_json: bool) -> None:
     """Show one job, whole, with its attempts and why it is not running."""
     job = store.queries.get(id)
     history = store.queries.history(job)
-    reason = reason_of(home, store, job)
+    reason, pid = reason_of(home, store, job), pid_of(home, job)
     if as_json:
-        echo_json(job_json(job) | {"reason": reason.why, "history": [attempt_json(a) for a in history]})
+        echo_json(job_json(job) | {"reason": reason.why, "pid": pid, "history": [attempt_json(a) for a in history]})
     else:
-        echo(show_lines(job, history, reason, home.log(job.id), store.config.settings(), now_ms(), width()))
+        echo(show_lines(job, history, reason, home.log(job.id), pid, store.config.settings(), now_ms(), width()))
 
 
 @cli.command("logs")
@@ -5299,7 +5906,7 @@ def progress_to(total: int) -> Iterator[Callable[[int], object]]:
 @with_store
 def cancel_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let waiting jobs never run, and end those that do."""
-    echo_done(cancel_jobs(home, store, which), "cancelled", as_json)
+    echo_done(cancel_jobs(home, store, which, echo_err), "cancelled", as_json)
 
 
 @cli.command("edit", cls=TypedCommand)

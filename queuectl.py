@@ -4183,7 +4183,7 @@ class JobLog:
     @property
     def trouble(self) -> str | None:
         """Why something of what was written is lost."""
-        emptied = "its command opened /dev/stdout or /dev/stderr by name: what it had written before that may be lost"
+        emptied = "its command changed its own log, as who opens /dev/stderr by name: what was there may be lost"
         return "; ".join(filter(None, (self._loss, emptied if self._is_emptied else ""))) or None
 
     def look_after(self, is_over: bool = False) -> None:

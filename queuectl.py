@@ -81,6 +81,10 @@ WRITE_GATE_S = 0.25  # how long a worker waits at the write gate before it goes 
 PRUNE_PAUSE_S = 0.01  # between two transactions of `prune`, in which others write
 RESTORE_TRIES = 5  # of a restore while others enqueue
 WAIT_POLL_S = 0.02  # poll interval of a command that waits
+LIMITED_POLL_S = 0.02  # poll interval of an attempt whose output is limited
+LOG_BLOCK = 1 << 20  # bytes of a log that are read at a time, and the longest line that is folded
+SEAL_BYTES = 64  # of a log, by which it is known whether its command has emptied it
+WATCHED_SLOTS = 16  # workers that watch their spool: a user has 128 watchers in all
 FOLLOW_POLL_S = 0.1  # poll interval of `logs --follow`
 PAGE_BYTES = 2048  # a job's step changes six or seven pages, and the WAL takes them whole
 CHECKPOINT_CHANCE = 1 / 1500  # of a worker's steps: about 20 MB of the WAL, however many workers there are
@@ -842,7 +846,7 @@ SETTINGS = {
     "max_retries": Setting(parse_number, _integer(0, 2**31 - 1), "retries after the first attempt"),
     "job_timeout": Setting(parse_duration, _number(0), "seconds that an attempt may run, 0 for no limit"),
     "kill_grace": Setting(parse_duration, _number(0, high=3600), "seconds between SIGTERM and SIGKILL"),
-    "log_max_bytes": Setting(parse_number, _integer(0, 2**62), "bytes that a job's log may hold, 0 for no limit"),
+    "log_max_bytes": Setting(parse_number, _integer(0, 2**62), "bytes kept of an attempt's output, 0 for all"),
     "on_complete": Setting(str, _text, "shell command to run after a job has completed"),
     "on_dead": Setting(str, _text, "shell command to run after a job has died; not for those that it takes along"),
 }
@@ -2889,9 +2893,16 @@ def require_regular(fd: int, path: str) -> int:
     return fd
 
 
+def earlier_output(path: str) -> str:
+    """The copy of what a log held before a retry began: a name that no log and no spool can have."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}")
+
+
 def remove_log(path: str) -> None:
     """Remove a job's log."""
     remove_file(path)
+    remove_file(earlier_output(path))
 
 
 # What follows exists twice, once for Windows and once for POSIX, by the same names, parameters and order:
@@ -2902,6 +2913,7 @@ def remove_log(path: str) -> None:
 #     is_remote            is a path on another machine?
 #     open_log             open a file for appending
 #     CAN_TELL_WHO_OPENS   does `is_open_elsewhere` know? Workers use a spool only where it does
+#     OpenWatch            tells whether a file was opened while it was written to; only Linux does
 #     is_open_elsewhere    may anybody else hold a file open? Windows always answers yes
 #   wake-up
 #     Bell                 what wakes a worker: others, a signal, the end of its command or of its neighbour
@@ -3004,6 +3016,19 @@ if sys.platform == "win32":
         return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
 
     CAN_TELL_WHO_OPENS = False
+
+    class OpenWatch:
+        """Nobody tells."""
+
+        def follow(self, path: str) -> None:
+            """Watch this file in place of the one before."""
+
+        def stop(self) -> None:
+            """Watch no file."""
+
+        def was_opened_again(self) -> bool:
+            """Was the file opened after it had been written to?"""
+            return False
 
     def is_open_elsewhere(fd: int) -> bool:
         """May anybody else hold the file of a descriptor open? Nobody tells."""
@@ -3254,7 +3279,7 @@ if sys.platform == "win32":
             _query(self._job, _ACCOUNTING, used)
             return Exit(code, None, limits.peak_process_memory or None, (used.user + used.kernel) / 1e7 or None)
 
-        def end(self, grace_s: float) -> list[str]:
+        def end(self, grace_s: float, meanwhile: Callable[[], None] = lambda: None) -> list[str]:
             """End it and all that it started, at once: a hidden console has nobody to ask it to leave."""
             return _end_job(self._job, timeout_s=1.0)
 
@@ -3391,6 +3416,40 @@ else:
         return require_regular(fd, path)
 
     CAN_TELL_WHO_OPENS = hasattr(fcntl, "F_SETLEASE")  # Linux
+
+    class OpenWatch:
+        """Tells whether a file was opened while it was written to; only Linux does (inotify(7))."""
+
+        _OPENED, _MODIFIED = 0x20, 0x2  # an open that empties a file has changed it first
+
+        def __init__(self) -> None:
+            self._fd, self._watch = -1, -1
+            with contextlib.suppress(AttributeError):
+                self._fd = int(_libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+        def follow(self, path: str) -> None:
+            """Watch this file in place of the one before."""
+            self.stop()
+            if self._fd >= 0:
+                wanted = self._OPENED | self._MODIFIED
+                self._watch = int(_libc().inotify_add_watch(self._fd, os.fsencode(path), wanted))
+
+        def stop(self) -> None:
+            """Watch no file."""
+            if self._watch >= 0:
+                _libc().inotify_rm_watch(self._fd, self._watch)
+                self._watch = -1
+                self.was_opened_again()  # what has been noticed so far is of no interest
+
+        def was_opened_again(self) -> bool:
+            """Was the file opened after it had been written to, since it was last asked? Its command opens it first."""
+            if self._fd < 0:
+                return False
+            try:
+                events = memoryview(os.read(self._fd, 1 << 16)).cast("I")  # four words each; equal neighbours are one
+            except BlockingIOError:
+                return False
+            return events[1::4].tolist().count(self._OPENED) > 1
 
     def is_open_elsewhere(fd: int) -> bool:
         """May anybody else hold the file of a descriptor open?
@@ -3803,13 +3862,14 @@ else:
             self._members: set[_Identity] = set()  # all that were ever seen
             self._refusing: set[_Identity] = set()  # those that are not ours to signal
 
-        def ask_to_leave(self, grace_s: float) -> None:
+        def ask_to_leave(self, grace_s: float, meanwhile: Callable[[], None]) -> None:
             """Send SIGTERM, and wait until all have gone or the grace is over."""
             deadline = time.monotonic() + grace_s
             # By id, so parents before their children: a shell hears of it before it misses the command
             # that it waits for, and can clean up. One that is stopped cannot hear.
             self._signal(signal.SIGTERM, signal.SIGCONT)
             while time.monotonic() < deadline and self._signal().keys() - self._refusing:
+                meanwhile()
                 time.sleep(0.03)
 
         def end(self, timeout_s: float) -> list[str]:
@@ -3900,10 +3960,13 @@ else:
                         self._exit = _exit_of(*ended[1:])
             return self._exit
 
-        def end(self, grace_s: float) -> list[str]:
-            """End it and all that it started: SIGTERM, and after the grace SIGKILL; what is still there then."""
+        def end(self, grace_s: float, meanwhile: Callable[[], None] = lambda: None) -> list[str]:
+            """End it and all that it started: SIGTERM, and after the grace SIGKILL; what is still there then.
+
+            `meanwhile` is called now and then during the grace.
+            """
             if grace_s:
-                self._family.ask_to_leave(grace_s)
+                self._family.ask_to_leave(grace_s, meanwhile)
             return self._family.end(timeout_s=1.0)
 
         def close(self) -> None:
@@ -4076,7 +4139,8 @@ def stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[],
     """The files among the logs that belong to no job, and to no worker."""
     names = set(os.listdir(home.logs))  # first: a worker that starts meanwhile has its row before its spool
     names -= {os.path.basename(home.spool(worker)) for worker in workers()}
-    return sorted(name for name in names if not (name.endswith(".log") and has_job(name.removesuffix(".log"))))
+    jobs = {name: name.removeprefix(".").removesuffix(".log") for name in names if name.endswith(".log")}
+    return sorted(name for name in names if not (name in jobs and has_job(jobs[name])))
 
 
 def remove_stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> None:
@@ -4140,11 +4204,12 @@ def workspace(home: Home) -> Iterator[str]:
         yield path
 
 
-def open_to_read(path: str) -> BinaryIO:
-    """A file; QueueError for a pipe, a directory or the like, which might keep who reads it waiting."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise QueueError(f"{printable(path)} is no regular file; move it away")
-    return open(path, "rb")
+def is_regular(path: str) -> bool:
+    """Is there a regular file at a path, and no FIFO, directory or link?"""
+    try:
+        return os.access(path, os.F_OK) and stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def size_of(path: str) -> int:
@@ -4271,69 +4336,169 @@ def inherited_environment() -> dict[str, str]:
 # ======================================================================== attempts
 
 
+def open_regular(path: str, mode: str = "rb") -> BinaryIO:
+    """A file, unbuffered; OSError where it is a FIFO, a device or the like: nobody is to wait for its other end."""
+    flags = (os.O_RDWR if "+" in mode else os.O_RDONLY) | NONBLOCK | getattr(os, "O_BINARY", 0)
+    return cast(BinaryIO, os.fdopen(require_regular(os.open(path, flags), path), mode, buffering=0))
+
+
+def block_at(file: BinaryIO, at: int, size: int) -> bytes:
+    """Bytes from a place in a file, as far as there are any."""
+    file.seek(at)
+    return file.read(size)
+
+
+def blocks_of(file: BinaryIO, at: int) -> Iterator[bytes]:
+    """The rest of a file from a place on."""
+    while block := block_at(file, at, LOG_BLOCK):
+        at += len(block)
+        yield block
+
+
+def _seal(file: BinaryIO, size: int) -> tuple[int, bytes]:
+    """A place in the first `size` bytes of a file and what stands there, by which they are known again: their end."""
+    at = max(0, size - SEAL_BYTES)
+    return at, block_at(file, at, min(size, SEAL_BYTES))
+
+
+class LogReader:
+    """A job's output, by places that hold though its command has emptied the log.
+
+    A retry may open /dev/stderr by name, and so empty the log, with what earlier attempts wrote. While it runs there
+    is a copy of that, which is read in place of the first part of the log.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._log: BinaryIO | None = None
+        self._earlier: BinaryIO | None = None
+        self.own = 0  # where the output of the attempt that runs begins, if it is a retry
+        self._base = 0  # where that is in the log
+        self._log = self._open(path)
+        self._earlier = self._open(earlier_output(path))
+        if self._earlier:
+            self.own = self._earlier.seek(0, os.SEEK_END)
+            at, wanted = _seal(self._earlier, self.own)
+            if self._log and block_at(self._log, at, len(wanted)) == wanted:
+                self._base = self.own
+
+    def _open(self, path: str) -> BinaryIO | None:
+        try:
+            return open_regular(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.close()
+            raise QueueError(f"cannot read {printable(path)}: {error.strerror}") from error
+
+    def __enter__(self) -> LogReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in (self._log, self._earlier):
+            if file:
+                file.close()
+
+    @property
+    def is_whole(self) -> bool:
+        """Does the log begin and end as it did when the attempt that runs began?"""
+        first = self.read(0, min(SEAL_BYTES, self.own))
+        begins = not first or (self._log is not None and block_at(self._log, 0, len(first)) == first)
+        return begins and self._base == self.own
+
+    def size(self) -> int:
+        """Where the output ends."""
+        return self.own + (max(0, self._log.seek(0, os.SEEK_END) - self._base) if self._log else 0)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Bytes from a place on; perhaps fewer than asked for, none at the end."""
+        if self._earlier and at < self.own:
+            return block_at(self._earlier, at, min(size, self.own - at))
+        return block_at(self._log, self._base + at - self.own, size) if self._log else b""
+
+
 def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
     """A log in blocks, from one place to another; nothing where there is none yet."""
-    try:
-        file = open_to_read(path)
-    except FileNotFoundError:
-        return
-    with file:
-        file.seek(start)
+    with LogReader(path) as log:
         left = sys.maxsize if end is None else end - start
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
+        while left > 0 and (block := log.read(start, min(left, LOG_BLOCK))):
+            start += len(block)
             left -= len(block)
             yield block
 
 
-def tail_start(path: str, lines: int, end: int | None = None) -> int:
-    """Where the last lines of a log, or of what it holds up to a place, begin."""
-    try:
-        with open_to_read(path) as file:
-            return _start_of_last_lines(file, lines, file.seek(0, os.SEEK_END) if end is None else end)
-    except FileNotFoundError:
-        return 0
+def tail_start(path: str, lines: int, start: int = 0, end: int | None = None) -> int:
+    """Where the last lines of a log, or of what it holds between two places, begin. Read from the end, in blocks."""
+    with LogReader(path) as log:
+        at = log.size() if end is None else min(end, log.size())
+        if lines and at > start and log.read(at - 1, 1) == b"\n":
+            lines += 1  # this one ends the last line
+        while at > start:
+            size = min(LOG_BLOCK, at - start)
+            block = log.read(at - size, size)
+            found = len(block)
+            while lines and (found := block.rfind(b"\n", 0, found)) >= 0:
+                lines -= 1
+                if not lines:
+                    return at - size + found + 1
+            if not lines:
+                break
+            at -= size
+    return at
 
 
-def log_range(job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
+def log_range(path: str, job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
     """Where the output of an attempt begins and ends in the log, or with None all of it."""
     if number is None:
         return 0, None
     if job.state is State.PROCESSING and job.attempts == number:
-        return max((attempt.log_end or 0 for attempt in history), default=0), None
+        return running_start(path, job, history), None
     for attempt in reversed(history):
         if attempt.number == number:
             return attempt.log_start or 0, attempt.log_end or 0
     raise NotFound(f"job {job.id} has no attempt {number}")
 
 
+def running_start(path: str, job: Job, history: Sequence[Attempt]) -> int:
+    """Where the output of the attempt that runs begins: behind its separator, if it has one."""
+    before = max((attempt.log_end or 0 for attempt in history), default=0)
+    with LogReader(path) as log:
+        if log.own:
+            return log.own
+        found = log.read(before, LOG_BLOCK).find(separator(job).encode())
+    return before + found + len(separator(job)) if found >= 0 else before
+
+
+def separator(job: Job) -> str:
+    """The line between an attempt's output and what came before."""
+    return f"--- attempt {job.attempts}, {iso_time(job.started_at)} ---\n"
+
+
 def fold_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Output as a terminal would leave it: of a line that a carriage return began anew, the last state."""
-    rest = b""
+    """Output as a terminal would leave it: of a line that a carriage return began anew, the last state.
+
+    A state that is longer than a block is handed on with the rest of its line as it is: no terminal shows it whole.
+    """
+    rest, is_long = b"", False
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
-        rest = rest[max(0, rest.rfind(b"\r", 0, len(rest.rstrip(b"\r")))) :]  # what it began anew is gone
         for line in lines:
-            yield line.rstrip(b"\r").rpartition(b"\r")[2] + (b"\r\n" if line.endswith(b"\r") else b"\n")
+            yield line + b"\n" if is_long else _last_state(line) + (b"\r\n" if line.endswith(b"\r") else b"\n")
+            is_long = False
+        if not is_long:
+            rest = rest[max(0, rest.rfind(b"\r", 0, len(rest.rstrip(b"\r")))) :]  # what it began anew is gone
+        if is_long or len(rest) > LOG_BLOCK:
+            yield rest
+            rest, is_long = b"", True
     if rest:
-        yield rest.rstrip(b"\r").rpartition(b"\r")[2]
+        yield _last_state(rest)
 
 
-def _start_of_last_lines(file: BinaryIO, lines: int, size: int) -> int:
-    """Where the last lines of the first `size` bytes begin, read from their end in blocks."""
-    at = size
-    tail = b""
-    while at and tail[:-1].count(b"\n") < lines:
-        at = file.seek(max(0, at - (1 << 16)))
-        tail = file.read(size - at)
-    ending = len(tail) - len(tail.removesuffix(b"\n"))
-    kept = tail.removesuffix(b"\n").split(b"\n")[-lines:] if lines else []
-    return size - len(b"\n".join(kept)) - ending if kept else size
-
-
-def _ends_line(path: str) -> bool:
-    with open_to_read(path) as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+def _last_state(line: bytes) -> bytes:
+    return line.rstrip(b"\r").rpartition(b"\r")[2]
 
 
 class Spool:
@@ -4343,8 +4508,9 @@ class Spool:
     keeps it open, and each command opens it for itself: so the system can tell whether any still does.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, is_watched: bool = True) -> None:
         self.path = path
+        self.watch = OpenWatch() if is_watched else None
         self._fd: int | None = None
         self._as_made: tuple[int, ...] = ()
 
@@ -4358,8 +4524,10 @@ class Spool:
             os.close(fd)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-        fd = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o600)
+        fd = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
         self._as_made = self._look()
+        if self.watch:
+            self.watch.follow(self.path)
         return fd
 
     def _look(self) -> tuple[int, ...]:
@@ -4379,58 +4547,180 @@ class JobLog:
     """The log of a job, open for one attempt.
 
     Where there is none yet, what the attempt writes goes to its worker's spool, which becomes the log at the
-    first call of `enforce_limit`, or at the end where it cannot serve the next job.
+    first look of `look_after`, or at the end where it cannot serve the next job.
     """
 
-    def __init__(self, path: str, attempt: int, spool: Spool | None, limit: int) -> None:
-        self._path, self._spool = path, None if os.access(path, os.F_OK) else spool
+    def __init__(self, path: str, job: Job, spool: Spool | None, limit: int) -> None:
+        is_first = not os.access(path, os.F_OK)
+        if not is_first:
+            restore_earlier_output(path)
+        self._path, self._spool = path, spool if is_first else None
         self._limit = limit  # bytes, 0 for none
         self.at = self._spool.path if self._spool else path  # what the command is to write to
-        self.trouble: str | None = None  # why what was written is lost
-        self._noted = 0  # bytes beyond the limit that say so
+        self._is_lost = False  # it cannot be put in its place
+        self._is_emptied = False
+        self._loss = ""
+        self._cut = Cut()
         self._fd = self._spool.take() if self._spool else open_log(path)
         self.start = self._size()
+        self._seal: tuple[int, bytes] | None = None  # what stands in it as long as its command has not emptied it
         if self.start:
-            newline = "" if _ends_line(path) else "\n"
-            self._write(f"{newline}--- attempt {attempt}, {iso_time(now_ms())} ---\n")
+            self._begin_retry(job)
+
+    def _begin_retry(self, job: Job) -> None:
+        try:
+            file = open_regular(self._path)
+        except OSError:
+            os.close(self._fd)
+            raise
+        with file:
+            newline = "" if block_at(file, self.start - 1, 1) == b"\n" else "\n"
+            self._append(f"{newline}{separator(job)}")
             self.start = self._size()
+            self._seal = _seal(file, self.start)
+        keep_earlier_output(self._path, self.start)
 
     def _size(self) -> int:
         return os.fstat(self._fd).st_size
 
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError), os.fdopen(open_log(self.at), "ab") as file:
+    def _append(self, text: str) -> None:
+        with contextlib.suppress(OSError), os.fdopen(open_log(self._path), "ab") as file:
             file.write(text.encode())
 
-    def enforce_limit(self) -> None:
-        """See that it is in its place, and drop what was written beyond the limit."""
+    @property
+    def trouble(self) -> str | None:
+        """Why something of what was written is lost."""
+        emptied = "its command changed its own log, as who opens /dev/stderr by name: what was there may be lost"
+        return "; ".join(filter(None, (self._loss, emptied if self._is_emptied else ""))) or None
+
+    def look_after(self, is_over: bool = False) -> None:
+        """See that it is in its place, whether it was emptied, and that it keeps to the limit."""
         if self.at != self._path:
             self._take_place()
-        note = f"\n--- output beyond {self._limit} bytes is dropped (config log_max_bytes) ---\n"
-        if self._limit and self._size() > self._limit + self._noted:
+        with contextlib.suppress(OSError), open_regular(self.at) as file:
+            self._look_for_emptying(file)
+        if self._limit and self._size() - self._begin() > self._limit + self._cut.note:
             with contextlib.suppress(OSError):
-                os.truncate(self.at, self._limit)
-                self._write(note)
-                self._noted = len(note)
+                self._cut = shorten(self.at, self._begin(), self._limit, self._cut, is_over)
 
     def _take_place(self) -> None:
+        if self._spool and self._spool.watch:
+            self._is_emptied |= self._spool.watch.was_opened_again()
+            self._spool.watch.stop()
         try:
             os.rename(self.at, self._path)
-            self.at, self.trouble = self._path, None
+            self.at, self._loss = self._path, ""
         except OSError as error:
-            self.trouble = f"its output is lost: {error.strerror}"
+            self._loss = f"its output is lost: {error.strerror}"
+
+    def _begin(self) -> int:
+        """Where the attempt's output begins in the file: not behind what others wrote, where that is gone."""
+        return 0 if self._is_emptied else self.start
+
+    def _look_for_emptying(self, file: BinaryIO) -> None:
+        if self._seal and block_at(file, self._seal[0], len(self._seal[1])) != self._seal[1]:
+            self._is_emptied, self._cut = True, Cut()
+            self._seal = None
+        if not self._seal and not self.start:  # of a first attempt: its own first bytes, those that no limit takes
+            first = block_at(file, 0, min(SEAL_BYTES, self._limit // 2 if self._limit else SEAL_BYTES))
+            self._seal = (0, first) if first else None
 
     def close(self) -> int:
         """Let go of it, with no more in it than the limit; where it ends."""
-        if self._spool and self.at != self._path and self._spool.give_back(self._fd):
-            self.trouble = None  # nothing was written that could be lost
+        if self._spool and self.at != self._path and self._gives_back(self._spool):
             return 0
-        self.enforce_limit()
+        self.look_after(is_over=True)
         end = self._size()
         os.close(self._fd)
-        if self.trouble:  # what the attempt left running may still write to it: not for the next job
+        if self.start:
+            self._is_emptied |= restore_earlier_output(self._path)
+            end = size_of(self._path)
+        if self._loss:  # what the attempt left running may still write to it: not for the next job
             remove_file(self.at)
         return end
+
+    def _gives_back(self, spool: Spool) -> bool:
+        """Does the spool go to the next job, since nothing is in it?"""
+        if not spool.give_back(self._fd):
+            return False
+        self._is_emptied |= bool(spool.watch and spool.watch.was_opened_again())
+        self._loss = ""  # nothing was written that could be lost
+        return True
+
+
+class Cut(NamedTuple):
+    """What has been left out of an attempt's output."""
+
+    left_out: int = 0  # bytes
+    note: int = 0  # bytes of the line that says so
+
+
+def shorten(path: str, start: int, limit: int, before: Cut, is_over: bool = True) -> Cut:
+    """Keep the first and the last half of what a log holds from a place on, and say between them what is left out.
+
+    While the command writes there may be half as much again, so that few bytes are moved often. What it writes in
+    the moment of the change may be lost too.
+    """
+    head, tail = limit // 2, limit - limit // 2
+    with open_regular(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        beyond = size - start - before.note - limit
+        if beyond <= (0 if is_over else tail):
+            return before
+        left_out = before.left_out + beyond
+        about = "" if is_over and not before.note else "about "
+        note = f"\n--- {about}{left_out} bytes are left out here (config log_max_bytes) ---\n".encode()
+        to = start + head + len(note)
+        move(file, size - tail, to, tail)
+        file.seek(start + head)
+        file.write(note)
+        file.truncate(to + tail)
+    return Cut(left_out, len(note))
+
+
+def move(file: BinaryIO, source: int, to: int, size: int) -> None:
+    """Move bytes within a file, also to where they partly stand."""
+    steps: Iterable[int] = range(0, size, LOG_BLOCK)
+    for step in steps if to <= source else reversed(list(steps)):
+        block = block_at(file, source + step, min(LOG_BLOCK, size - step))
+        file.seek(to + step)
+        file.write(block)
+
+
+def keep_earlier_output(path: str, size: int) -> None:
+    """Copy what a log holds, up to a place, before a retry can empty it."""
+    copy = earlier_output(path)
+    remove_file(copy)
+    try:
+        with open_regular(path) as log, os.fdopen(os.open(copy, _NEW_FILE, 0o600), "wb") as file:
+            for block in blocks_of(log, 0):
+                file.write(block[: size - file.tell()])
+                if file.tell() >= size:
+                    break
+    except OSError:  # without room for it the log is as safe as its command lets it be
+        remove_file(copy)
+
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+
+
+def restore_earlier_output(path: str) -> bool:
+    """Put back what earlier attempts wrote, where a retry has emptied or overwritten it; whether it had."""
+    copy, made = earlier_output(path), earlier_output(f"{path}.new")
+    if not os.access(copy, os.F_OK):
+        return False
+    is_changed = False
+    with contextlib.suppress(OSError, QueueError):
+        with LogReader(path) as log:
+            is_changed = not log.is_whole
+            if is_changed:
+                remove_file(made)
+                with os.fdopen(os.open(made, _NEW_FILE, 0o600), "wb") as new:
+                    new.writelines(read_log(path))
+        if is_changed:
+            os.replace(made, path)  # in one step: who reads the log finds it all, before and after
+        remove_file(copy)
+    return is_changed
 
 
 def keep_spooled(spool: str, path: str) -> None:
@@ -4438,6 +4728,17 @@ def keep_spooled(spool: str, path: str) -> None:
     if not os.path.exists(path):
         with contextlib.suppress(OSError):  # there is no spool where there is nothing to keep
             os.rename(spool, path)
+
+
+def end_lost_log(path: str, job: Job, history: Sequence[Attempt], limit: int) -> int:
+    """Put the log of an attempt in order whose worker died; where its output begins."""
+    with contextlib.suppress(QueueError, OSError):
+        start = running_start(path, job, history)
+        restore_earlier_output(path)
+        if limit and size_of(path) - start > 2 * limit:  # more than a limit that was kept leaves
+            shorten(path, start, limit, Cut())
+        return start
+    return 0
 
 
 def signal_name(number: int) -> str:
@@ -4494,7 +4795,7 @@ def run_attempt(
     """Run a job's command once, from start to outcome."""
     settings = settings_for(job, settings)
     try:
-        log = JobLog(log_path, job.attempts, spool, settings.log_max_bytes)
+        log = JobLog(log_path, job, spool, settings.log_max_bytes)
     except OSError as error:
         return Outcome(EndReason.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
     try:
@@ -4526,12 +4827,13 @@ def _error_of(end: EndReason, exit: Exit, ok_codes: Sequence[int] | None, settin
 def _watch(process: Process, log: JobLog, settings: Settings, supervision: Supervision) -> tuple[EndReason, Exit]:
     """Wait for a command's end, and bring it about where it must come early."""
     left_s = settings.job_timeout or math.inf
+    poll_s = LIMITED_POLL_S if settings.log_max_bytes else POLL_S
     deadline = time.monotonic() + left_s
     while True:
-        rung = supervision.bell.wait(min(POLL_S, left_s), process)
+        rung = supervision.bell.wait(min(poll_s, left_s), process)
         if exit := process.poll():
             return EndReason.EXITED, exit
-        log.enforce_limit()
+        log.look_after()
         left_s = deadline - time.monotonic()
         if why := EndReason.TIMED_OUT if left_s <= 0 else supervision.interrupted(rung):
             return why, _end_whole(process, log, settings, supervision)
@@ -4539,12 +4841,12 @@ def _watch(process: Process, log: JobLog, settings: Settings, supervision: Super
 
 def _end_whole(process: Process, log: JobLog, settings: Settings, supervision: Supervision) -> Exit:
     """End a command and all that belongs to it; as long as something of it lives, its attempt has not ended."""
-    left = process.end(settings.kill_grace)
+    left = process.end(settings.kill_grace, log.look_after)
     while left or not process.poll():
         supervision.report_left(left)
         supervision.bell.wait(END_POLL_S, process)
         supervision.interrupted(False)  # what else is to be done meanwhile
-        log.enforce_limit()
+        log.look_after()
         left = process.end(0)
     supervision.report_left([])
     return cast(Exit, process.poll())
@@ -4567,6 +4869,7 @@ def run_hook(line: str, home: Home, env: dict[str, str], document: str, run_tag:
         with tempfile.TemporaryFile() as stdin:
             stdin.write(document.encode())
             stdin.seek(0)
+            os.close(open_log(home.worker_log))  # refuses what the hook would wait for
             process = Process(line, home.path, env, home.worker_log, run_tag, stdin.fileno())
         while not (exit := process.poll()) and time.monotonic() < deadline:
             bell.wait(min(POLL_S, deadline - time.monotonic()), process)
@@ -4616,7 +4919,7 @@ class Worker:
             "QUEUECTL_HOME": home.path,
             "QUEUECTL_SLOT": str(row.slot),
         }
-        self._spool = Spool(home.spool(row.id)) if CAN_TELL_WHO_OPENS else None
+        self._spool = Spool(home.spool(row.id), row.slot <= WATCHED_SLOTS) if CAN_TELL_WHO_OPENS else None
         self._write_gate = WriteGate(home)
         self._database = file_identity(home.database)
         self._is_homeless = False  # the home was removed or replaced under us
@@ -4742,6 +5045,8 @@ class Worker:
             "PWD": job.cwd, "QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts),
             "QUEUECTL_QUEUE": job.queue,
         }  # fmt: skip
+        if job.attempts == 1:
+            self._remove_stale_log(job)
         self._next_poll_s = self._clock.monotonic_s() + POLL_S
         run_tag = run_tag_in(self._database, job.run_tag)
         supervision = Supervision(
@@ -4769,6 +5074,13 @@ class Worker:
         if after and after != before:
             reason = leftovers_reason(after)
             self._log(f"the job of worker {worker} cannot end: {reason.why}; {reason.remedy}")
+
+    def _remove_stale_log(self, job: Job) -> None:
+        """Remove the log that an earlier job of this id has left, if its removal is still to come."""
+        log = self._home.log(job.id)
+        with contextlib.suppress(StoreError):
+            if is_regular(log) and not self._store.queries.history(job):
+                remove_log(log)
 
     # ---- waiting
 
@@ -4969,10 +5281,10 @@ class Recovery:
         return any(running.run_tag == job.run_tag for running in self._store.jobs.running_jobs(self._dead))
 
     def _finish(self, job: Job, settings: Settings, now: int) -> State | None:
-        start, _ = log_range(job, self._store.queries.history(job), job.attempts)
-        end = size_of(self._home.log(job.id))
+        log = self._home.log(job.id)
+        start = end_lost_log(log, job, self._store.queries.history(job), settings.log_max_bytes)
         error = f"worker {self._dead} died while it ran"
-        lost = Outcome(EndReason.LOST, error=error, log_start=start, log_end=end)
+        lost = Outcome(EndReason.LOST, error=error, log_start=start, log_end=size_of(log))
         return self._store.jobs.finish(job, lost, settings, now)
 
 
@@ -5149,17 +5461,43 @@ def removed_failures(before: Mapping[State, int], counts: Mapping[State, int]) -
     return max(0, min(sum(fewer.values()), sum(fewer[state] for state in HOPELESS)))
 
 
+class LogFollower:
+    """Hands on a log as it grows, also where its command empties it or the limit shortens it."""
+
+    def __init__(self, path: str, start: int, at: int, write: Callable[[bytes], object]) -> None:
+        self._path, self._start, self._at, self._write = path, start, at, write
+        self._begin, self._first = -1, b""  # of the attempt that runs: its output may begin anew
+
+    def hand_on(self, end: int | None = None) -> None:
+        """What has come since the last time, up to a place."""
+        with LogReader(self._path) as log:
+            size = log.size()
+            begin = max(self._start, log.own)
+            first = log.read(begin, SEAL_BYTES) if size > begin else b""
+            if begin == self._begin and not first.startswith(self._first):
+                self._at = begin
+            elif self._at > size:  # it was shortened
+                self._at = size
+            self._begin, self._first = begin, first
+        for block in read_log(self._path, self._at, end):
+            self._at += len(block)
+            self._write(block)
+
+
 def follow_log(
-    store: Store, path: str, job: Job, write: Callable[[bytes], object], look: Callable[[], object], start: int = 0
-) -> Job:
-    """Hand on a job's output as it comes, through retries, until the job has ended; the job then."""
-    at = start
+    store: Store, path: str, job: Job, write: Callable[[bytes], object], look: Callable[[], object],
+    attempt: int | None = None, at: int = 0,
+) -> Job:  # fmt: skip
+    """Hand on a job's output as it comes, until the job or one attempt of it has ended; the job then."""
+    history = store.queries.history(job)
+    start, _ = log_range(path, job, history, attempt)
+    follower = LogFollower(path, start, max(start, at), write)
+    began = job.started_at
     while True:
         job = store.queries.get(job.id)  # first, so that what was written before its end is read after
-        for block in read_log(path, at):
-            at += len(block)
-            write(block)
-        if job.state in ENDED:
+        ended = [a for a in store.queries.history(job) if a.started_at == began] if attempt else []
+        follower.hand_on(ended[0].log_end if ended else None)
+        if ended or job.state in ENDED:
             return job
         look()
         time.sleep(FOLLOW_POLL_S)
@@ -5844,10 +6182,11 @@ def logs_command(
     """Print a job's output."""
     job = store.queries.get(id)
     path = home.log(job.id)
-    start, end = log_range(job, store.queries.history(job), attempt)
-    start = start if tail is None else max(start, tail_start(path, tail, end))
+    start, end = log_range(path, job, store.queries.history(job), attempt)
+    start = start if tail is None else tail_start(path, tail, start, end)
     if follow and end is None:
-        job = follow_log(store, path, job, write_out, StallReporter(home, store, [job.seq], echo_err), start)
+        report_stall = StallReporter(home, store, [job.seq], echo_err)
+        job = follow_log(store, path, job, write_out, report_stall, attempt, start)
         if job.state is not State.COMPLETED:
             echo_err(f"job {how_ended(job)}")
         return

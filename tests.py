@@ -1532,12 +1532,15 @@ def test_cwd_is_where_enqueue_was_called(home: Home) -> None:
 
 
 def test_cwd_that_is_gone_fails_the_attempt(home: Home) -> None:
-    """Where the directory is gone the attempt fails with that reason, and the worker goes on."""
+    """Where the directory is gone, or is none, the attempt fails with that reason, and the worker goes on."""
+    (home.work / "file").touch()
     home.add(id="a", cwd=str(home.work / "gone"), max_retries=0)
-    home.add(id="b")
+    home.add(id="b", cwd=str(home.work / "file"), max_retries=0)
+    home.add(id="c")
     home.start()
-    assert "gone" in str(home.ended("a").error)
-    same(home.ended("b").state.value, "completed")
+    same(home.ended("a").error, f"its directory {home.work / 'gone'} does not exist")
+    same(home.ended("b").error, f"its directory {home.work / 'file'} is not a directory")
+    same(home.ended("c").state.value, "completed")
 
 
 def test_program_that_is_missing_fails_the_attempt(home: Home) -> None:
@@ -3120,11 +3123,11 @@ def test_enqueue_wait_says_what_the_output_does_not(home: Home) -> None:
     home.start()
     ran = home.run("enqueue", "--wait", "--id", "a", "--cwd", str(home.work / "gone"), "--max-retries", "0",
                    "--", "exit 0", code=1)  # fmt: skip
-    assert re.fullmatch(r"job a is dead: its directory .* is gone\n", ran.err), ran.err
+    assert re.fullmatch(r"note: directory .*\njob a is dead: its directory .* does not exist\n", ran.err), ran.err
     same(home.run("enqueue", "--wait", "--max-retries", "0", "--", "exit 3", code=3).err, "")
     home.run("worker", "stop")
     ran = home.run("wait", "a", code=1)  # it has ended: no worker is needed
-    assert re.fullmatch(r"1 of 1 did not complete: a is dead: its directory .* is gone\n", ran.err), ran.err
+    assert re.fullmatch(r"1 of 1 did not complete: a is dead: its directory .* does not exist\n", ran.err), ran.err
 
 
 def test_wait_names_those_that_did_not_complete(home: Home) -> None:

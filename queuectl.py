@@ -557,14 +557,23 @@ class QueueRow(NamedTuple):
     counts: dict[State, int]
 
 
+class Revival(NamedTuple):
+    """What brings a dead job back, besides itself: the jobs above it that ended first."""
+
+    ids: Sequence[str] = ()  # those that nothing hopeless stands above: itself, where that is so of it
+    is_any_cancelled: bool = False
+    orphan: str | None = None  # one of them that waits for a job that was removed
+
+
 class WaitReasons(NamedTuple):
     """What may keep a job from running, besides its own row."""
 
-    parents: list[str]  # those that have not completed; of a dead job those to be retried first, itself perhaps
+    parents: list[str]  # those that have not completed
     paused: bool
     max_running: int | None
     running: int  # jobs of its queue
     workers: list[WorkerRow]
+    revival: Revival = Revival()  # of a dead job that waited for others
     key_holder: str | None = None  # the job that has taken the key of a dead one
     timed_out_after_s: float | None = None  # the last attempt was ended by the time-out that still holds
 
@@ -1001,14 +1010,16 @@ MOST_NAMED = 10  # jobs that one remedy names
 
 
 def remedy_of_dead(job: Job, obstacles: WaitReasons) -> str | None:
-    """The command that brings a dead job back: of what it waits for, the first that died is to be retried."""
+    """The command that brings a dead job back: of what it waited for, the first that ended is to be tried again."""
     if obstacles.key_holder:
         return f"queuectl wait {obstacles.key_holder}"
-    again = obstacles.parents if job.blockers else [job.id]
-    if len(again) > MOST_NAMED:
+    ids, is_any_cancelled, orphan = obstacles.revival if job.blockers else Revival([job.id])
+    if orphan:
+        return f"queuectl dlq retry {orphan} --clear after"
+    if len(ids) > MOST_NAMED and not is_any_cancelled:
         return "queuectl dlq retry --all"
     more_time = f" --timeout {longer(obstacles.timed_out_after_s)}" if obstacles.timed_out_after_s else ""
-    return f"queuectl dlq retry {' '.join(again)}{more_time}" if again else None
+    return f"queuectl {'rerun' if is_any_cancelled else 'dlq retry'} {' '.join(ids)}{more_time}" if ids else None
 
 
 def longer(timeout_s: float) -> str:
@@ -2100,9 +2111,9 @@ class Queries:
         rows = [rows_of.get(job.queue, nothing) for job in jobs]
         return [
             WaitReasons(
-                (self._missing_parents(job) if job.state in WAITING else self.to_be_retried(job))
-                if job.blockers else [],
+                self._missing_parents(job) if job.blockers and job.state in WAITING else [],
                 row.paused, row.max_running, row.counts[State.PROCESSING], workers,
+                self.revival(job) if job.blockers and job.state is State.DEAD else Revival(),
                 self.key_holder(job.key) if job.state is State.DEAD else None,
                 self._timed_out_after_s(job, settings_for(job, settings).job_timeout),
             )
@@ -2118,11 +2129,10 @@ class Queries:
         )
         return [printable(str(row[0])) for row in rows]
 
-    def to_be_retried(self, job: Job) -> list[str]:
+    def revival(self, job: Job) -> Revival:
         """Of a dead job and the hopeless jobs above it, those with no hopeless job above them.
 
-        Retried, they bring back what died with them. Empty where that cannot help: one of them was cancelled, or
-        waits for a job that was removed.
+        Tried again, they bring back what died with them.
         """
         rows = self._db.all(
             f"""WITH RECURSIVE above(seq) AS (SELECT :seq UNION
@@ -2130,11 +2140,13 @@ class Queries:
                     JOIN jobs ON jobs.seq = parent WHERE {IS_HOPELESS}),
             links AS (SELECT child, jobs.seq IS NULL AS is_removed FROM dependencies
                 LEFT JOIN jobs ON jobs.seq = parent WHERE child IN above AND (jobs.seq IS NULL OR {IS_HOPELESS}))
-            SELECT id, state <> 'dead' OR seq IN (SELECT child FROM links WHERE is_removed) FROM jobs
+            SELECT id, state, seq IN (SELECT child FROM links WHERE is_removed) FROM jobs
                 WHERE seq IN above AND seq NOT IN (SELECT child FROM links WHERE NOT is_removed) ORDER BY seq""",
             seq=job.seq,
         )
-        return [] if any(cannot for _, cannot in rows) else [printable(str(id)) for id, _ in rows]
+        orphans = [printable(str(id)) for id, state, is_orphan in rows if is_orphan and state == State.DEAD.value]
+        is_any_cancelled = any(state == State.CANCELLED.value for _, state, _ in rows)
+        return Revival([printable(str(row[0])) for row in rows], is_any_cancelled, next(iter(orphans), None))
 
     def _timed_out_after_s(self, job: Job, timeout_s: float) -> float | None:
         """How long the last attempt ran, where a time-out ended it and this one would do so again."""
@@ -2549,9 +2561,8 @@ class Changes:
     def _why_still_dead(self, job: Job) -> str:
         if self._queries.key_holder(job.key):
             return f"job {job.id} cannot be retried: another of key {job.key!r} has not ended"
-        first = self._queries.to_be_retried(job)
-        help = f"; first: queuectl dlq retry {' '.join(first[:MOST_NAMED])}" if first else ""
-        return f"job {job.id} {job.error}: it cannot be retried before that{help}"
+        obstacles = WaitReasons([], False, None, 0, [], self._queries.revival(job))
+        return f"job {job.id} {job.error}: it cannot be retried before that; first: {remedy_of_dead(job, obstacles)}"
 
     def _revive(self, job: Job, now: int) -> None:
         """A dead job and what died because of it, as far as their keys are free and their parents there.

@@ -1120,6 +1120,7 @@ class Overview(NamedTuple):
     recent_timeouts: int  # of the newest failed and dead jobs, those ended by the default time-out that still holds
     job_timeout: float = Settings().job_timeout
     own_timeouts: Sequence[Job] = ()  # the same of those that have a time-out of their own
+    can_retry: bool = True  # is one of the dead jobs fit to be retried?
 
 
 def status_lines(seen: Overview) -> Iterator[str]:
@@ -1162,7 +1163,8 @@ def hints(seen: Overview) -> Iterator[str]:
         more = f"{' '.join(job.id for job in named)} --timeout {longer(max(job.timeout or 0 for job in named))}"
         yield f"! {len(seen.own_timeouts)} cut off by their own time-out; raise it: queuectl edit {more}"
     if seen.counts[State.DEAD]:
-        yield f"! {seen.counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
+        again = ", try again: queuectl dlq retry --all" if seen.can_retry else ""
+        yield f"! {seen.counts[State.DEAD]} dead; look: queuectl dlq list{again}"
 
 
 def queue_json(row: QueueRow) -> dict[str, Any]:
@@ -2147,6 +2149,17 @@ class Queries:
         orphans = [printable(str(id)) for id, state, is_orphan in rows if is_orphan and state == State.DEAD.value]
         is_any_cancelled = any(state == State.CANCELLED.value for _, state, _ in rows)
         return Revival([printable(str(row[0])) for row in rows], is_any_cancelled, next(iter(orphans), None))
+
+    def can_retry(self) -> bool:
+        """Is there a dead job whose key is free, and above which nothing is removed or hopeless?"""
+        row = self._db.one(
+            f"""SELECT 1 FROM jobs AS dead WHERE state = 'dead'
+                AND NOT EXISTS (SELECT 1 FROM dependencies LEFT JOIN jobs AS parent ON parent.seq = dependencies.parent
+                    WHERE child = dead.seq AND (parent.seq IS NULL OR parent.{IS_HOPELESS}))
+                AND (key IS NULL OR NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = dead.key
+                    AND other.{IS_OPEN})) LIMIT 1"""
+        )
+        return row is not None
 
     def _timed_out_after_s(self, job: Job, timeout_s: float) -> float | None:
         """How long the last attempt ran, where a time-out ended it and this one would do so again."""
@@ -4924,11 +4937,13 @@ def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -
     """
     chosen = store.changes.cancel(which, now_ms())
     running = [job for job in chosen if job.state is State.PROCESSING]
-    ends: dict[int, State] = {}
+    ends: dict[int, State] | None = None
     with noting(echo_err, "their end is not known yet, look at them with `queuectl list`", running):
         ends = wait_for_cancelled(home, store, running)
+    if ends is None:
+        return [job.id for job in chosen if job not in running]
     for job in running:
-        if ends and ends.get(job.seq) is not State.CANCELLED:
+        if ends.get(job.seq) is not State.CANCELLED:
             now = ends[job.seq].value if job.seq in ends else "removed"
             echo_err(f"job {job.id} is not cancelled but {now}: it had come to its end")
     return [job.id for job in chosen if job not in running or ends.get(job.seq) is State.CANCELLED]
@@ -5052,7 +5067,9 @@ def overview(home: Home, store: Store) -> Overview:
     lost = sum(row.job is not None for row in rows if row not in alive)
     default = store.config.settings().job_timeout
     by_default, own = store.queries.recent_timeouts(default)
-    return Overview(store.queries.counts(), alive, store.queues.all(), lost, by_default, default, own)
+    counts = store.queries.counts()
+    can_retry = counts[State.DEAD] > 0 and store.queries.can_retry()
+    return Overview(counts, alive, store.queues.all(), lost, by_default, default, own, can_retry)
 
 
 def reason_of(home: Home, store: Store, job: Job) -> Reason:

@@ -1214,13 +1214,17 @@ def test_commit_that_the_disk_refuses_is_undone_for_good(home: Home) -> None:
     before = [line for line in home.dump() if "workers" not in line]
     for words in (["enqueue", "--id", "new", "--hold", "--", "x"], ["cancel", "a"], ["edit", "a", "--priority", "5"],
                   ["release", "a"], ["config", "set", "max_retries", "9"], ["queue", "resume", "slow"]):  # fmt: skip
-        home.start()
+        pids = [row.pid for row in home.start()]
+        home.store.close()  # only the worker has it open, and does not close it: so who comes next reads the WAL anew
+        del home.store
         ran = finished(child(home, failing_disk() + "q.main()", *words))
         if ran.code == 77:
             raise Skip("this system lets nobody refuse a call")
         same((words, ran.code, ran.out), (words, 1, ""))
         one_line(ran, "disk I/O error", "nothing was stored")
-        home.kill_workers()
+        for pid in pids:
+            os.kill(pid, KILL)
+            until(lambda pid=pid: not is_running(pid), "it is gone")  # type: ignore[misc]
         same((words, [line for line in home.dump() if "workers" not in line]), (words, before))
         home.sql("DELETE FROM workers")
 

@@ -1443,7 +1443,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "1: the queue",
         (
             f"PRAGMA application_id = {APPLICATION_ID}",
-            # What the columns hold is said at the class Job, and of those that `enqueue` takes at FIELDS.
+            # The class Job describes the columns; FIELDS describes those that `enqueue` takes.
             """CREATE TABLE jobs (
                 seq INTEGER PRIMARY KEY AUTOINCREMENT,
                 id TEXT NOT NULL UNIQUE COLLATE NOCASE,
@@ -1487,10 +1487,10 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "CREATE INDEX jobs_due ON jobs (due_at) WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0",
             "CREATE INDEX jobs_state ON jobs (state, seq)",
             "CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL",
-            # The lock on a key is the row itself: it cannot go stale.
+            # The row itself is the lock on its key, so the lock cannot go stale.
             """CREATE UNIQUE INDEX jobs_key ON jobs (key)
                 WHERE key IS NOT NULL AND state IN ('pending', 'processing', 'failed')""",
-            # What the columns hold is said at the class Attempt; n counts the rows of a job.
+            # The class Attempt describes the columns; n numbers the rows of a job.
             """CREATE TABLE attempts (
                 job INTEGER NOT NULL, n INTEGER NOT NULL, number INTEGER NOT NULL, worker INTEGER NOT NULL,
                 started_at INTEGER NOT NULL, ended_at INTEGER NOT NULL, exit_code INTEGER, signal INTEGER,
@@ -1500,7 +1500,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             """CREATE TABLE dependencies (
                 parent INTEGER NOT NULL, child INTEGER NOT NULL, PRIMARY KEY (parent, child)) WITHOUT ROWID""",
             "CREATE INDEX dependencies_child ON dependencies (child)",
-            # Only queues that somebody has paused or limited have a row.
+            # Only paused or limited queues have a row.
             """CREATE TABLE queues (
                 name TEXT PRIMARY KEY,
                 paused INTEGER NOT NULL DEFAULT 0,  -- nothing new is started
@@ -1515,10 +1515,10 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 drain INTEGER NOT NULL DEFAULT 0,  -- leaves when nothing is left that could run
                 stop TEXT CHECK (stop IN ('finish', 'now')),  -- it is to leave, after its job or at once
                 started_at INTEGER NOT NULL)""",
-            # What jobs that were removed had added to the tallies of `metrics --prometheus`.
+            # The contribution of removed jobs to the counters of `metrics --prometheus`.
             "CREATE TABLE past (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID",
             "CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-            # How many jobs are in each state, by queue; only the triggers write it.
+            # The number of jobs in each state, by queue. Only the triggers write to it.
             """CREATE TABLE counts (
                 state TEXT NOT NULL, queue TEXT NOT NULL, n INTEGER NOT NULL,
                 PRIMARY KEY (state, queue)) WITHOUT ROWID""",
@@ -1540,7 +1540,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
                 INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
             END""",
-            # Before the row goes: dependencies_deleted must still see that the parent had completed.
+            # It runs before the delete, because dependencies_deleted must still see the state of the parent.
             """CREATE TRIGGER jobs_before_delete BEFORE DELETE ON jobs WHEN OLD.state = 'completed' BEGIN
                 DELETE FROM dependencies WHERE parent = OLD.seq;
             END""",
@@ -1596,7 +1596,7 @@ def _is_busy(error: Exception) -> bool:
 
 
 def _domain_error(path: str, error: Exception) -> QueueError:
-    """sqlite3's error as ours, in one line that says what to do."""
+    """Translate an error of sqlite3 into one of ours, in one line that says what to do."""
     text = printable(str(error))
     if isinstance(error, UnicodeEncodeError):
         return BadInput("what was given is not valid Unicode")
@@ -1605,7 +1605,7 @@ def _domain_error(path: str, error: Exception) -> QueueError:
         return StoreError(f"needs an SQLite with its JSON functions; this Python's {sqlite3.sqlite_version} has none")
     if _is_busy(error):
         return StoreBusy(f"another program holds {path}; try again when it is done")
-    if "full" in text or "disk I/O" in text:  # a shared memory file that cannot grow is an I/O error
+    if "full" in text or "disk I/O" in text:  # SQLite reports a shared memory file that cannot grow as an I/O error
         return StoreError(f"cannot use {path}, its disk is full or failing ({text})")
     is_damage = ("not a database", "malformed", "no such", "decode", "too big")
     if isinstance(error, UnicodeDecodeError) or any(words in text for words in is_damage):
@@ -1614,17 +1614,17 @@ def _domain_error(path: str, error: Exception) -> QueueError:
 
 
 def _any_text(value: bytes) -> str:
-    """A text of the database, also where its bytes are no UTF-8."""
+    """Decode a text of the database, also where its bytes are not valid UTF-8."""
     return value.decode(errors="surrogateescape")
 
 
 def sqlite_version() -> str:
-    """Of the library that this Python uses."""
+    """Return the version of the SQLite library that this Python uses."""
     return sqlite3.sqlite_version
 
 
 class Transaction:
-    """What happens inside `with` happens whole or not at all; entered again while it is open, it goes on."""
+    """A transaction as a context manager. Entered again while it is open, it joins the outer one."""
 
     def __init__(
         self, begin: Callable[[], object], commit: Callable[[], object], roll_back: Callable[[], object],
@@ -1669,7 +1669,7 @@ class Database:
         if sqlite3.sqlite_version_info < (3, 35):
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
         self.path, self.busy_timeout_s = path, busy_timeout_s
-        self.commits = 0  # of this connection, those that brought up the schema aside
+        self.commits = 0  # of this connection, without those that migrate the schema
         try:
             self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
         except (sqlite3.Error, UnicodeError) as error:
@@ -1688,19 +1688,19 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection."""
         self._connection.close()
 
     # ---- schema
 
     def _bring_up(self) -> None:
-        """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
+        """Create or migrate the schema. Refuse a newer schema and the database of another program."""
         if self._schema_version() == len(MIGRATIONS):
             return
         self.run(f"PRAGMA page_size = {PAGE_BYTES}")
         if self.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
-        with self.writing():  # two processes may be here at once: look again inside
+        with self.writing():  # two processes may be here at once, so read the version again inside
             version = self._schema_version()
             for _, statements in MIGRATIONS[version:]:
                 for statement in statements:
@@ -1710,11 +1710,13 @@ class Database:
             self.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _schema_version(self) -> int:
-        """The schema's version; StoreError where it is newer than this file, or not ours."""
-        version, application, has_tables, _ = self.one(  # in one statement: another may be making them
-            """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master),
+        """Return the version of the schema. Raise StoreError if it is newer than this file, or not ours."""
+        version, application, has_tables, _ = (
+            self.one(  # in one statement, because another process may be creating the schema
+                """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master),
                 json_array()  -- an SQLite before 3.38 may have been built without it
             FROM pragma_user_version, pragma_application_id"""
+            )
         )
         if application != APPLICATION_ID and (version or has_tables):
             raise StoreError(f"{self.path} is the database of another program; set QUEUECTL_HOME to another directory")
@@ -1729,18 +1731,18 @@ class Database:
     # ---- statements
 
     def writing(self) -> Transaction:
-        """One transaction that writes, all or nothing; joins the one that is open."""
+        """Return the write transaction. Entered inside another `writing`, it joins that one."""
         return self._writing
 
     def staging(self) -> Transaction:
-        """One transaction on temporary tables; it locks nobody out."""
+        """Return a transaction on temporary tables, which takes no lock on the database."""
         return self._staging
 
     def _transaction(self, begin: str, commit: Callable[[], object]) -> Transaction:
         return Transaction(functools.partial(self.run, begin), commit, self._roll_back, self._note_unchanged)
 
     def _note_unchanged(self, error: StoreError) -> None:
-        """Let an error say that nothing was stored, where this connection has committed nothing before."""
+        """Let an error say that nothing was stored, unless this connection has committed something before."""
         if not self.commits:
             error.effect = error.effect or "nothing was stored"
 
@@ -1781,12 +1783,12 @@ class Database:
         return False
 
     def all(self, sql: str, **values: Any) -> list[Any]:
-        """Every row of a statement."""
+        """Return all rows of a statement."""
         return self._until_free(lambda: self._connection.execute(sql, values).fetchall())
 
     def rows(self, sql: str) -> Iterator[Any]:
-        """The rows of a statement one by one, for those that may be many."""
-        self._connection.text_factory = _any_text  # it cannot begin again, as `_until_free` does
+        """Yield the rows of a statement one by one, for large results."""
+        self._connection.text_factory = _any_text  # a generator cannot start over as `_until_free` does
         try:
             for row in self._connection.execute(sql):  # noqa: UP028 (that would close it, after the database perhaps)
                 yield row
@@ -1798,7 +1800,7 @@ class Database:
         return rows[0] if rows else None
 
     def run(self, sql: str, **values: Any) -> int:
-        """Run a statement; how many rows it changed."""
+        """Run a statement, and return the number of rows that it changed."""
         return self._until_free(lambda: self._connection.execute(sql, values).rowcount)
 
     def insert_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
@@ -1845,19 +1847,19 @@ class Database:
     # ---- change notice and durability
 
     def commits_seen(self) -> int:
-        """A number that changes whenever another process has committed."""
+        """Return a number that changes whenever another connection commits."""
         return int(self.one("PRAGMA data_version")[0])
 
     def checkpoint(self) -> None:
-        """Carry what has been committed from the WAL into the database; waits for the disk, and holds up nobody."""
+        """Copy committed pages from the WAL into the database. This waits for the disk, and blocks nobody."""
         self.run("PRAGMA wal_checkpoint(PASSIVE)")
 
     def wait_for_disk(self, on: bool) -> None:
-        """Let commits return only once they are on disk, or before that."""
+        """Choose whether a commit waits for the disk."""
         self.run(f"PRAGMA synchronous = {'FULL' if on else 'NORMAL'}")
 
     def sync(self) -> None:
-        """Put on disk what has been committed so far, whatever `durable` says: only a commit that writes does."""
+        """Flush all commits to disk, whatever `durable` says. Only a commit that writes a page flushes the WAL."""
         self.wait_for_disk(True)
         with self.writing():
             self.run("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
@@ -1866,11 +1868,11 @@ class Database:
     # ---- copies
 
     def damage(self) -> list[str]:
-        """What SQLite finds wrong with the file; nothing where it is whole."""
+        """Return what `PRAGMA integrity_check` finds; nothing if the file is sound."""
         return [row[0] for row in self.all("PRAGMA integrity_check") if row[0] != "ok"]
 
     def back_up(self, path: str) -> None:
-        """A consistent copy of the database, while workers go on."""
+        """Write a consistent copy of the database to a file, while workers go on."""
         try:
             with contextlib.closing(sqlite3.connect(path)) as copy:
                 self._connection.backup(copy)
@@ -1892,9 +1894,9 @@ class Database:
                     inspect(before)
 
         with self.writing():
-            pass  # waits for others, and no longer than we do; the copying itself would wait for ever
+            pass  # waits for the lock with our busy timeout; the copy itself would wait for ever
         try:
-            # The progress call comes first with the lock taken, and before the last page.
+            # The first progress call comes after the lock is taken and before the last page is copied.
             copy._connection.backup(self._connection, pages=10, progress=inspect_once)
         except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(self.path, error) from error
@@ -1911,7 +1913,7 @@ def copy_backup(path: str, to: str) -> None:
 
 
 def _refuse_copy(path: str, copy: sqlite3.Connection) -> None:
-    """StoreError where a copy cannot take the place of a queue."""
+    """Raise StoreError if a copy cannot replace a queue."""
     if copy.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise StoreError(f"{path} is no backup of a queue")
     if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
@@ -1925,7 +1927,7 @@ def _refuse_copy(path: str, copy: sqlite3.Connection) -> None:
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _COLUMNS = ", ".join(COLUMNS)
 _SELECT = f"SELECT {_COLUMNS} FROM jobs "
-SORTS = {  # what a list can be sorted by
+SORTS = {  # the sort keys of `list`, and their columns
     "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
     "created": "created_at", "changed": "updated_at",
 }  # fmt: skip
@@ -1935,7 +1937,7 @@ _staged_row = operator.itemgetter(*_STAGED, "origin")
 
 
 def _states_in(states: Sequence[State]) -> str:
-    """A condition on the column `state`, in SQL."""
+    """Return an SQL condition on the column `state`."""
     return f"state IN ({', '.join(repr(state.value) for state in states)})"
 
 
@@ -1947,7 +1949,7 @@ def _json_or_null(value: Sequence[Any] | None) -> str | None:
 
 
 def _as_columns(spec: Spec) -> dict[str, Any]:
-    """The values of a spec as their columns hold them."""
+    """Return the column values of a spec."""
     values = dict(spec)
     for name in JSON_COLUMNS:
         if values.get(name) is not None:
@@ -1956,7 +1958,7 @@ def _as_columns(spec: Spec) -> dict[str, Any]:
 
 
 class Queries:
-    """What is asked about jobs."""
+    """Read-only queries about jobs."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -1964,14 +1966,14 @@ class Queries:
     # ---- choosing jobs
 
     def get(self, id: str) -> Job:
-        """The job of that id; NotFound names the nearest among the newest thousand."""
+        """Return the job of that id. NotFound suggests the nearest of the newest thousand ids."""
         row = self._db.one(_SELECT + "WHERE id = :id", id=id)
         if not row:
             raise NotFound(f"no job {printable(id)!r}{nearest(id, self.newest_ids())}")
         return readable_job(row)
 
     def newest_ids(self) -> list[str]:
-        """The ids of the newest thousand jobs."""
+        """Return the ids of the newest thousand jobs."""
         return [str(row[0]) for row in self._db.all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
 
     def ids_beginning(self, prefix: str, states: Sequence[State], hold: bool | None, most: int = 1000) -> list[str]:
@@ -2005,18 +2007,18 @@ class Queries:
         return [row[0] for row in rows]
 
     def exists(self, id: str) -> bool:
-        """Is there a job of that id?"""
+        """Tell whether there is a job of that id."""
         return self._db.one("SELECT 1 FROM jobs WHERE id = :id", id=id) is not None
 
     def key_holder(self, key: str | None) -> str | None:
-        """The id of the job that bears a key and has not ended."""
+        """Return the id of the open job that has this key, or None."""
         row = self._db.one(f"SELECT id FROM jobs WHERE key = :key AND {IS_OPEN}", key=key)
         return row and str(row[0])
 
     def jobs(
         self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None, sort: str = "seq"
     ) -> list[Job]:
-        """The newest jobs that fit, in the order of enqueueing or of a column."""
+        """Return the newest matching jobs, sorted by the order of enqueueing or by a column."""
         rows = self._db.all(
             f"SELECT * FROM ({_SELECT}"
             """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
@@ -2029,7 +2031,7 @@ class Queries:
         return [readable_job(row) for row in rows]
 
     def not_completed(self, seqs: Sequence[int] | None, limit: int) -> list[Job]:
-        """The first of these jobs, with None of all, that ended otherwise."""
+        """Return the first dead or cancelled jobs among these; None means all jobs."""
         rows = self._db.all(
             f"""{_SELECT} WHERE (:seqs IS NULL OR seq IN (SELECT value FROM json_each(:seqs)))
                 AND {IS_HOPELESS} ORDER BY seq LIMIT :limit""",
@@ -2038,7 +2040,7 @@ class Queries:
         return [readable_job(row) for row in rows]
 
     def next_of(self, seqs: Sequence[int] | None) -> Job | None:
-        """What the end of these jobs, with None of all, hangs on first: one under way, or the oldest that could be."""
+        """Return the job that these (None: all) wait for first: a running one, or the oldest that is not blocked."""
         if seqs is None:
             oldest = "SELECT min(seq) FROM jobs WHERE state = :state"
             firsts = (self._db.one(oldest, state=state.value) for state in OPEN)
@@ -2053,11 +2055,11 @@ class Queries:
         return readable_job(row) if row else None
 
     def chosen(self, which: Selection) -> list[Job]:
-        """The jobs selected, in whatever state."""
+        """Return the selected jobs in any state."""
         return self.choose(which, list(State), "chosen")
 
     def choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
-        """The jobs selected, all of them in one of the states; QueueError for a named one that is not."""
+        """Return the selected jobs that are in one of the states. Raise QueueError if a named job is not."""
         if which.ids and (which.tag or which.queue or which.every):
             raise BadInput("name jobs by id, or choose them with --tag, --queue or --all: not both")
         if which.ids:
@@ -2072,7 +2074,7 @@ class Queries:
         return self.jobs(which, states)
 
     def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
-        """How many jobs fit; from the counts where no tag is asked for."""
+        """Return the number of matching jobs, from the table of counts unless a tag is given."""
         source = "(SELECT queue, state, tag, 1 AS n FROM jobs WHERE tag = :tag)" if where.tag else "counts"
         row = self._db.one(
             f"""SELECT coalesce(sum(n), 0) FROM {source} WHERE (:queue IS NULL OR queue = :queue)
@@ -2084,7 +2086,7 @@ class Queries:
     # ---- counts and facts
 
     def counts(self, seqs: Sequence[int] | None = None) -> dict[State, int]:
-        """How many of these jobs are in each state, or with None of all: that costs the same however many there are."""
+        """Count these jobs by state. None means all jobs, which takes constant time."""
         these = "(SELECT state, 1 AS n FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)))"
         source = "counts" if seqs is None else these
         rows = self._db.all(f"SELECT state, sum(n) FROM {source} GROUP BY state", seqs=_to_json(seqs or ()))
@@ -2092,14 +2094,14 @@ class Queries:
         return {state: sums.get(state.value, 0) for state in State}
 
     def states(self, seqs: Sequence[int]) -> dict[int, State]:
-        """The states of those of these jobs that are there, by seq."""
+        """Return the states of these jobs by seq, without jobs that were removed."""
         rows = self._db.all(
             "SELECT seq, state FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs))", seqs=_to_json(seqs)
         )
         return {seq: State(state) for seq, state in rows}
 
     def history(self, job: Job) -> list[Attempt]:
-        """The attempts of a job that have ended, oldest first."""
+        """Return the ended attempts of a job, oldest first."""
         columns = ", ".join(Attempt._fields)
         rows = self._db.all(f"SELECT {columns} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq)
         return [attempt_from_row(row) for row in rows]
@@ -2107,9 +2109,11 @@ class Queries:
     def wait_reasons(
         self, jobs: Sequence[Job], workers: list[WorkerRow], queues: Sequence[QueueRow], settings: Settings
     ) -> list[WaitReasons]:
-        """What stands between each of these jobs and the workers, of which only the living are to be given."""
+        """Return what keeps each of these jobs from running. `workers` are those that live."""
         rows_of = {row.name: row for row in queues}
-        nothing = QueueRow("", False, None, dict.fromkeys(State, 0))  # its last job has just gone
+        nothing = QueueRow(
+            "", False, None, dict.fromkeys(State, 0)
+        )  # of a queue whose last job was removed a moment ago
         rows = [rows_of.get(job.queue, nothing) for job in jobs]
         return [
             WaitReasons(
@@ -2123,7 +2127,7 @@ class Queries:
         ]  # fmt: skip
 
     def _missing_parents(self, job: Job) -> list[str]:
-        """The parents that a waiting job waits for."""
+        """Return the ids of the parents that a waiting job waits for."""
         rows = self._db.all(
             """SELECT id FROM jobs WHERE state <> 'completed'
                 AND seq IN (SELECT parent FROM dependencies WHERE child = :seq) ORDER BY seq""",
@@ -2132,7 +2136,7 @@ class Queries:
         return [printable(str(row[0])) for row in rows]
 
     def revival(self, job: Job) -> Revival:
-        """Of a dead job and the hopeless jobs above it, those with no hopeless job above them.
+        """Return the roots of a dead job: itself and the hopeless jobs above it, without those below another of them.
 
         Tried again, they bring back what died with them.
         """
@@ -2151,7 +2155,7 @@ class Queries:
         return Revival([printable(str(row[0])) for row in rows], is_any_cancelled, next(iter(orphans), None))
 
     def can_retry(self) -> bool:
-        """Is there a dead job whose key is free, and above which nothing is removed or hopeless?"""
+        """Tell whether a dead job has a free key and no removed, dead or cancelled parent."""
         row = self._db.one(
             f"""SELECT 1 FROM jobs AS dead WHERE state = 'dead'
                 AND NOT EXISTS (SELECT 1 FROM dependencies LEFT JOIN jobs AS parent ON parent.seq = dependencies.parent
@@ -2162,7 +2166,7 @@ class Queries:
         return row is not None
 
     def _timed_out_after_s(self, job: Job, timeout_s: float) -> float | None:
-        """How long the last attempt ran, where a time-out ended it and this one would do so again."""
+        """Return how long the last attempt ran if a time-out ended it and would do so again, or else None."""
         if not timeout_s or job.exit_code is not None or job.state not in (State.FAILED, State.DEAD):
             return None
         row = self._db.one(
@@ -2174,7 +2178,7 @@ class Queries:
         return max(row[1], timeout_s) if is_cut else None
 
     def times(self, newest: int = 10_000) -> list[tuple[int, int, int]]:
-        """When the newest completed jobs could first have run, their last start and their end."""
+        """Return, for the newest completed jobs, when each could first have run, its last start and its end."""
         return self._db.all(
             """SELECT max(created_at, coalesce(run_at, 0)), started_at, finished_at FROM jobs
                 WHERE state = 'completed' AND typeof(created_at) = 'integer' AND typeof(started_at) = 'integer'
@@ -2183,14 +2187,14 @@ class Queries:
         )
 
     def tallies(self) -> dict[str, float]:
-        """Sums over all attempts that ever ended, those of removed jobs included, by name."""
+        """Return sums over all ended attempts, also those of removed jobs, by name."""
         tallies = self.tallies_of(None)
         for name, value in self._db.all("SELECT name, value FROM removed_tallies"):
             tallies[name] = tallies.get(name, 0) + value
         return tallies
 
     def tallies_of(self, seqs: Sequence[int] | None) -> dict[str, float]:
-        """The same over the attempts of these jobs alone, or with None of all that are there."""
+        """Return the same sums over the attempts of these jobs, or of all jobs that are stored (None)."""
         buckets = ", ".join(f"coalesce(sum(s <= {bucket}), 0)" for bucket in BUCKETS_S)
         which = "1" if seqs is None else "job IN (SELECT value FROM json_each(:seqs))"
         tallies: dict[str, float] = {}
@@ -2229,7 +2233,7 @@ class Queries:
 
 
 class Jobs:
-    """The way of a job: in, claimed, finished. Its methods share one transaction and one guard."""
+    """The life of a job: enqueued, claimed, finished. The methods share one transaction and one guard."""
 
     def __init__(self, db: Database, queries: Queries) -> None:
         self._db, self._queries = db, queries
@@ -2239,7 +2243,7 @@ class Jobs:
     def enqueue(
         self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False
     ) -> Iterator[tuple[str, bool]]:
-        """Store jobs, all or none; the id of each, and whether it is new.
+        """Store all jobs or none. Return the id of each, and whether it is new.
 
         Each spec comes with what an error about it begins with. A job whose key is taken is
         not stored: the id of the one that bears it is returned. QueueError for an id that exists.
@@ -2250,7 +2254,9 @@ class Jobs:
         with self._db.writing():
             row = self._db.one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
             self._insert_staged(row[0] if row else 0, now, skip_existing)
-            first = self._db.all(f"{_ANSWERED} ORDER BY n LIMIT {LIST_ROWS}")  # before the commit: none can fail after
+            first = self._db.all(
+                f"{_ANSWERED} ORDER BY n LIMIT {LIST_ROWS}"
+            )  # read before the commit, so that no error can follow it
         rest = self._db.rows(f"{_ANSWERED} ORDER BY n LIMIT -1 OFFSET {LIST_ROWS}")
         return ((id, bool(is_new)) for rows in (first, rest) for id, is_new in rows)
 
@@ -2270,7 +2276,7 @@ class Jobs:
             )
 
     def _insert_staged(self, last: int, now: int, skip_existing: bool) -> None:
-        """Make jobs of what is staged; they are numbered from `last` on."""
+        """Insert the staged jobs, numbered from `last` + 1."""
         self._skip_existing(skip_existing)
         self._make_up_ids(last)
         self._insert_where("key IS NULL", last, now)
@@ -2289,13 +2295,13 @@ class Jobs:
                 raise type(error)(f"{origin}{error}") from None
 
     def _make_up_ids(self, last: int) -> None:
-        """Ids that are short, never used twice, and sort as their jobs were made, up to 268 million of them."""
+        """Generate ids that are short, never reused, and sort by creation, for up to 268 million jobs."""
         self._db.run("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
         while self._db.run(
             """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
                 OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
         ):
-            pass  # somebody chose just the id that we made up
+            pass  # a user chose an id that we generated
 
     def _insert_where(self, condition: str, last: int, now: int, **values: int) -> None:
         columns = ", ".join(_STAGED)
@@ -2307,7 +2313,7 @@ class Jobs:
         )  # fmt: skip
 
     def _skip_existing(self, skip_existing: bool) -> None:
-        """Staged ids that exist already, in the queue or further up, are no new jobs; QueueError unless wanted."""
+        """Skip staged ids that exist in the queue or occur above. Raise QueueError unless `skip_existing`."""
         if not self._db.one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
             return
         self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
@@ -2320,7 +2326,7 @@ class Jobs:
             raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
 
     def add_dependencies(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
-        """Let a job wait for others; it dies at once of one that can never complete."""
+        """Add the parents of a job. The job is dead at once if one of them can never complete."""
         found = [self._queries.get(parent) for parent in parents]
         for parent in found:
             if parent.seq == seq or self._db.one(
@@ -2336,7 +2342,7 @@ class Jobs:
                 self.fail_dependents(parent, now)
 
     def fail_dependents(self, parent: Job, now: int) -> None:
-        """What waits for a job that will never complete is dead with it, all the way down."""
+        """Make every waiting descendant of a job dead, because that job will never complete."""
         self._db.run(
             f"""WITH RECURSIVE below(seq) AS (SELECT child FROM dependencies WHERE parent = :parent
                 UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
@@ -2349,7 +2355,7 @@ class Jobs:
     # ---- its way
 
     def claim(self, worker: int, queues: Sequence[str] | None, now: int) -> Job | None:
-        """Take the best job that may run: highest priority first, then first enqueued.
+        """Claim the best job that may run: the highest priority, then the first enqueued.
 
         Its cost depends on the number of queues that hold waiting jobs, not on the number of jobs.
         None where nothing may run, and for a worker that is to stop or was taken for dead. A job whose row is
@@ -2392,7 +2398,7 @@ class Jobs:
         self.fail_dependents(readable_job(row), now)
 
     def finish(self, job: Job, outcome: Outcome, settings: Settings, now: int, chance: float = 0.0) -> State | None:
-        """End an attempt as the retry policy says; what the job has become.
+        """End an attempt by the retry policy, and return the new state of the job.
 
         None, and nothing changed, where that attempt of that worker is no longer under way.
         """
@@ -2409,7 +2415,7 @@ class Jobs:
                 state=after.state.value, attempts=after.attempts, due_at=after.due_at,
                 finished_at=now if after.state in ENDED else None, exit_code=outcome.exit_code, error=outcome.error,
             )  # fmt: skip
-            if not ended:  # somebody has cancelled it meanwhile, or it is no longer ours
+            if not ended:  # it was cancelled meanwhile, or another worker has it
                 asked = not job.cancelling and self.is_cancelling(job)
                 return self.finish(job._replace(cancelling=True), outcome, settings, now, chance) if asked else None
             self._keep_attempt(job, outcome, now)
@@ -2418,7 +2424,7 @@ class Jobs:
         return after.state
 
     def is_cancelling(self, job: Job) -> bool:
-        """Is its attempt to be ended?"""
+        """Tell whether the current attempt is to be cancelled."""
         row = self._db.one("SELECT cancelling FROM jobs WHERE seq = :seq", seq=job.seq)
         return bool(row and row[0])
 
@@ -2433,12 +2439,12 @@ class Jobs:
         )  # fmt: skip
 
     def next_due(self) -> int | None:
-        """When the next job comes due."""
+        """Return when the next job comes due, in milliseconds since 1970."""
         row = self._db.one("SELECT min(due_at) FROM jobs WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0")
         return cast("int | None", row[0])
 
     def restart_backoffs(self, now: int) -> None:
-        """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
+        """Restart the backoffs of failed jobs that began at a time which is now in the future."""
         ahead = "SELECT 1 FROM jobs WHERE state = 'failed' AND updated_at > :now LIMIT 1"
         if not self._db.one(ahead, now=now):
             return
@@ -2450,7 +2456,7 @@ class Jobs:
             )
 
     def running_jobs(self, worker: int) -> list[Job]:
-        """The attempts that a worker has not ended: one at the most."""
+        """Return the jobs that a worker is running: one at most."""
         rows = self._db.all(_SELECT + "WHERE state = 'processing' AND worker = :worker", worker=worker)
         return [readable_job(row) for row in rows]
 
@@ -2460,11 +2466,11 @@ class Config:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._rows: list[Any] = []  # what the settings were made of
+        self._rows: list[Any] = []  # the rows that `_settings` was built from
         self._settings = Settings()
 
     def settings(self) -> Settings:
-        """The configuration in force."""
+        """Return the current configuration."""
         rows = self._db.all("SELECT key, value FROM config")
         if rows != self._rows:
             self._settings = Settings(**dict(self._legal(rows)))
@@ -2485,7 +2491,7 @@ class Config:
                     yield key, SETTINGS[key].check(json.loads(value))
 
     def set(self, key: str, value: Any) -> None:
-        """Set a key, or with None go back to its default."""
+        """Set a key. None restores its default."""
         with self._db.writing():
             self._db.run("DELETE FROM config WHERE key = :key", key=key)
             if value is not None:
@@ -2493,13 +2499,13 @@ class Config:
 
 
 class Changes:
-    """What commands change about jobs that are there."""
+    """The changes that commands make to stored jobs."""
 
     def __init__(self, db: Database, jobs: Jobs, queries: Queries, config: Config) -> None:
         self._db, self._jobs, self._queries, self._config = db, jobs, queries, config
 
     def set_hold(self, which: Selection, hold: bool, now: int) -> list[str]:
-        """Keep waiting jobs from starting, or let them go; the ids."""
+        """Hold or release waiting jobs, and return their ids."""
         with self._db.writing():
             chosen = self._queries.choose(which, WAITING, "held" if hold else "released")
             for job in chosen:
@@ -2509,7 +2515,7 @@ class Changes:
         return [job.id for job in chosen]
 
     def cancel(self, which: Selection, now: int) -> list[Job]:
-        """Waiting jobs never run; those under way are marked, for their workers to be rung. The jobs as they were."""
+        """Cancel waiting jobs, and mark running ones for their workers to end. Return the jobs as they were before."""
         with self._db.writing():
             chosen = self._queries.choose(which, OPEN, "cancelled")
             for job in chosen:
@@ -2521,16 +2527,16 @@ class Changes:
                     WHERE seq = :seq AND {IS_WAITING}""",
                     seq=job.seq, now=now,
                 )  # fmt: skip
-            for job in chosen:  # only now: one that waits for another of them is cancelled, and not dead
+            for job in chosen:  # last, so that a selected job that waits for another becomes cancelled and not dead
                 if job.state in WAITING:
                     self._jobs.fail_dependents(job._replace(state=State.CANCELLED), now)
         return chosen
 
     def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
-        """Change fields of waiting jobs; the ids."""
+        """Change fields of waiting jobs, and return their ids."""
         values = _as_columns(spec)
         columns = ", ".join(f"{name} = :{name}" for name in values)
-        if "run_at" in values:  # taken back, it leaves a backoff as it is
+        if "run_at" in values:  # clearing it keeps a backoff that is running
             values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
             columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
         with self._db.writing():
@@ -2550,12 +2556,12 @@ class Changes:
         return [job.id for job in chosen]
 
     def _refuse_overdrawn(self, job: Job) -> None:
-        """QueueError for a job that would have failed more often than it may, and so be dead."""
+        """Raise QueueError for a job that has already used more attempts than it would be allowed."""
         if job.attempts > settings_for(job, self._config.settings()).max_retries:
             raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
 
     def retry_dead(self, which: Selection, now: int) -> list[str]:
-        """Dead jobs back to `pending` with no attempts made, and with them what died because of them.
+        """Return dead jobs, and those that died because of them, to `pending` with no attempts made.
 
         One whose parent can still not complete, or whose key is taken, stays dead; QueueError where it was named.
         """
@@ -2578,7 +2584,7 @@ class Changes:
         return f"job {job.id} {job.error}: it cannot be retried before that; first: {remedy_of_dead(job, obstacles)}"
 
     def _revive(self, job: Job, now: int) -> None:
-        """A dead job and what died because of it, as far as their keys are free and their parents there.
+        """Return a dead job and its dead descendants to `pending`, if their keys are free and their parents exist.
 
         What died of a job that had died of this one is among them: a job can be enqueued after a dead one.
         """
@@ -2603,7 +2609,7 @@ class Changes:
             )  # fmt: skip
 
     def _hopeless_parents(self) -> list[Job]:
-        """Jobs that will never complete while others wait for them."""
+        """Return the dead and cancelled jobs that others wait for."""
         rows = self._db.all(
             f"""{_SELECT} WHERE {IS_HOPELESS} AND seq IN (
                 SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
@@ -2612,7 +2618,7 @@ class Changes:
         return [readable_job(row) for row in rows]
 
     def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
-        """Remove jobs that ended before a moment, a batch at a time; the ids of each batch.
+        """Remove jobs that ended before a moment, and yield the ids of each batch.
 
         The transactions are so small, and so far apart, that no worker waits for long, nor for the disk: a power
         cut may bring the newest of them back.
@@ -2626,7 +2632,7 @@ class Changes:
                 time.sleep(0 if dry_run else PRUNE_PAUSE_S)
         self._db.wait_for_disk(True)
         if not dry_run:
-            with contextlib.suppress(StoreError), self._db.writing():  # counts of nothing do no harm
+            with contextlib.suppress(StoreError), self._db.writing():  # rows that count 0 are harmless
                 self._db.run("DELETE FROM counts WHERE n = 0")
 
     def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
@@ -2641,14 +2647,14 @@ class Changes:
         return rows
 
     def purge_dead(self, which: Selection) -> list[str]:
-        """Remove dead jobs for good; the ids, whose logs are to be removed."""
+        """Remove dead jobs, and return their ids. The caller removes their logs."""
         with self._db.writing():
             chosen = self._queries.choose(which, [State.DEAD], "purged")
             self._remove([job.seq for job in chosen])
         return [job.id for job in chosen]
 
     def _remove(self, seqs: Sequence[int]) -> None:
-        """Remove jobs, but keep what they have added to the tallies: those never go down."""
+        """Remove jobs, and keep their contribution to the tallies, which never decrease."""
         for name, value in self._queries.tallies_of(seqs).items():
             self._db.run(
                 "INSERT INTO removed_tallies VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
@@ -2659,7 +2665,7 @@ class Changes:
 
 
 class Workers:
-    """The workers that are registered, and what they are told."""
+    """The registered workers, and the requests to them."""
 
     def __init__(self, db: Database, jobs: Jobs) -> None:
         self._db, self._jobs = db, jobs
@@ -2668,7 +2674,7 @@ class Workers:
         self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
         open_bell: Callable[[int], _Result], is_alive: Callable[[int], bool],
     ) -> tuple[WorkerRow, _Result]:  # fmt: skip
-        """A new worker's row, with the lowest free slot, and its bell, which hangs before anybody can see the row."""
+        """Register a worker with the lowest free slot. Its bell is open before any other process can see its row."""
         with self._db.writing():
             taken = {row.slot for row in self.all() if is_alive(row.id)}
             slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
@@ -2681,12 +2687,12 @@ class Workers:
             return next(worker for worker in self.all() if worker.id == row[0]), bell
 
     def unregister(self, worker: int) -> None:
-        """A worker has left, or what it left behind has been put in order."""
+        """Remove the row of a worker that has left, or that was recovered."""
         with self._db.writing():
             self._db.run("DELETE FROM workers WHERE id = :worker", worker=worker)
 
     def all(self) -> list[WorkerRow]:
-        """Every registered worker, dead ones included: only the platform can tell."""
+        """Return all registered workers. Only the platform can tell which of them live."""
         rows = self._db.all(
             """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at, busy.id FROM workers
                 LEFT JOIN (SELECT worker, id FROM jobs WHERE state = 'processing') AS busy ON busy.worker = workers.id
@@ -2695,17 +2701,17 @@ class Workers:
         return [worker_from_row(row) for row in rows]
 
     def ids(self) -> list[int]:
-        """Their ids alone: what workers ask once a second must not cost more the more they are."""
+        """Return the ids of all workers. Each worker calls this once a second, so it must stay cheap."""
         return [row[0] for row in self._db.all("SELECT id FROM workers")]
 
     def request_stop(self, workers: Sequence[int], how: str) -> None:
-        """Workers shall leave: `finish` after their job, `now` at once."""
+        """Ask workers to leave: `finish` means after the job, `now` means at once."""
         with self._db.writing():
             for worker in workers:
                 self._db.run("UPDATE workers SET stop = :how WHERE id = :worker", how=how, worker=worker)
 
     def stop_request(self, worker: int, job: Job | None) -> StopRequest:
-        """What a worker is to know now."""
+        """Return the current requests to a worker."""
         row = self._db.one("SELECT stop FROM workers WHERE id = :worker", worker=worker)
         if not row:
             return StopRequest(registered=False)
@@ -2719,7 +2725,7 @@ class Queues:
         self._db = db
 
     def all(self) -> list[QueueRow]:
-        """The default queue, and every other that holds a job, is paused or has a limit."""
+        """Return the default queue, and all that hold a job, are paused or have a limit."""
         rows = self._db.all(
             """SELECT names.queue, coalesce(paused, 0), max_running FROM
                 (SELECT 'default' AS queue UNION SELECT queue FROM counts WHERE n > 0 UNION SELECT name FROM queues)
@@ -2738,11 +2744,11 @@ class Queues:
         ]  # fmt: skip
 
     def ready(self) -> list[str]:
-        """The queues in which a job waits for nothing but a worker."""
+        """Return the queues that have a claimable job."""
         return [row[0] for row in self._db.all("SELECT queue FROM claimable")]
 
     def could_run(self, queues: Sequence[str] | None) -> bool:
-        """Is anything left for a worker: running, ready or due later, and neither held, blocked nor paused?"""
+        """Tell whether a job runs, or waits and is neither held, blocked nor in a paused queue."""
         row = self._db.one(
             f"""SELECT 1 FROM jobs WHERE (state = 'processing'
                 OR ({IS_WAITING} AND hold = 0 AND blockers = 0
@@ -2753,11 +2759,11 @@ class Queues:
         return row is not None
 
     def set_paused(self, names: Sequence[str], paused: bool) -> None:
-        """Start nothing new in these queues, or go on."""
+        """Pause or resume queues."""
         self._set("paused", names, int(paused))
 
     def set_limit(self, name: str, max_running: int | None) -> None:
-        """Let at most so many jobs of a queue run at once."""
+        """Limit how many jobs of a queue run at once. None removes the limit."""
         self._set("max_running", [name], max_running)
 
     def _set(self, column: str, names: Sequence[str], value: int | None) -> None:
@@ -2775,11 +2781,11 @@ class Upkeep:
         self._db, self._jobs, self._config = db, jobs, config
 
     def damage(self) -> list[str]:
-        """What is wrong with the file of the database; nothing where it is whole."""
+        """Return what is wrong with the database file; nothing if it is sound."""
         return self._db.damage()
 
     def miscounts(self) -> list[str]:
-        """Where counters and links disagree with the rows that they are about."""
+        """Return where counters and links disagree with the rows that they describe."""
         counts = self._db.all(
             """SELECT queue, state, sum(n) FROM (
                 SELECT queue, state, count(*) AS n FROM jobs GROUP BY queue, state
@@ -2811,7 +2817,7 @@ class Upkeep:
                 yield row[0], readable_job(row).id, readable_job(row).state, str(error)
 
     def repair(self, now: int) -> None:
-        """Make counters and links anew from the rows, and the indexes from the tables; damaged jobs are dead."""
+        """Rebuild counters and links from the rows, and indexes from the tables. Damaged jobs become dead."""
         with self._db.writing():
             self._db.run("REINDEX")
             for seq, _, state, error in list(self.damaged_rows()):
@@ -2823,7 +2829,7 @@ class Upkeep:
                 """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
                     ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
             )
-            self._db.run(  # a worker that is not alive: the next that is will see to what it left
+            self._db.run(  # the row of a dead worker, which the next live one recovers
                 """INSERT INTO workers (id, pid, host, slot, started_at)
                     SELECT DISTINCT worker, 0, '', 0, :now FROM jobs
                     WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)""",
@@ -2916,12 +2922,12 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection."""
         self.db.close()
 
 
 def open_store(path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bool = True) -> Store:
-    """The store of the database at a path, which is made or brought up where it has to be."""
+    """Open the store of the database at a path, and create or migrate the database if necessary."""
     return Store(Database(path, busy_timeout_s, durable=durable))
 
 

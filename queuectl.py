@@ -58,7 +58,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
 try:
     import click
@@ -103,9 +103,18 @@ EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127
 
 
 class QueueError(Exception):
-    """Something could not be done: said in one line on stderr, nothing has changed."""
+    """Something could not be done: said in one line on stderr. Nothing has changed unless the line says so."""
 
     exit_code = 1
+    effect = ""  # what is known about changes: set by the transaction that failed, or by who made one before
+
+    @property
+    def reason(self) -> str:
+        """What went wrong, without what is known about changes."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (self.reason, self.effect)))
 
 
 class BadInput(QueueError):
@@ -128,6 +137,12 @@ class StoreBusy(StoreError):
 
 class Damaged(StoreError):
     """The database holds what queuectl would never have stored."""
+
+
+class StoreUncertain(StoreError):
+    """A commit failed, and it cannot be told whether it holds."""
+
+    effect = "whether it was stored is not known"
 
 
 class Conflict(StoreError):
@@ -552,6 +567,14 @@ class QueueRow(NamedTuple):
     counts: dict[State, int]
 
 
+class Revival(NamedTuple):
+    """What brings a dead job back, besides itself: the jobs above it that ended first."""
+
+    ids: Sequence[str] = ()  # those that nothing hopeless stands above: itself, where that is so of it
+    is_any_cancelled: bool = False
+    orphan: str | None = None  # one of them that waits for a job that was removed
+
+
 class WaitReasons(NamedTuple):
     """What may keep a job from running, besides its own row."""
 
@@ -560,6 +583,9 @@ class WaitReasons(NamedTuple):
     max_running: int | None
     running: int  # jobs of its queue
     workers: list[WorkerRow]
+    revival: Revival = Revival()  # of a dead job that waited for others
+    key_holder: str | None = None  # the job that has taken the key of a dead one
+    timed_out_after_s: float | None = None  # the last attempt was ended by the time-out that still holds
 
 
 class StopRequest(NamedTuple):
@@ -887,13 +913,13 @@ def settings_for(job: Job, settings: Settings) -> Settings:
 
 
 def backoff_s(job: Job, settings: Settings, chance: float) -> float:
-    """Seconds to wait after failed attempt n: base ** n, capped, plus a random part (chance is 0 to 1)."""
+    """Seconds to wait after failed attempt n: base ** n and a random part (chance is 0 to 1), capped."""
     try:
         delay = settings.backoff_base**job.attempts
     except OverflowError:
         delay = math.inf
-    delay = min(delay, settings.backoff_max or math.inf, MAX_DELAY_S)
-    return delay * (1 + settings.backoff_jitter * chance)
+    delay = min(delay, MAX_DELAY_S) * (1 + settings.backoff_jitter * chance)
+    return min(delay, settings.backoff_max or math.inf, MAX_DELAY_S)
 
 
 def decide(job: Job, outcome: Outcome, settings: Settings, now: int, chance: float) -> Transition:
@@ -963,8 +989,7 @@ class Reason(NamedTuple):
 def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
     """The reason of a waiting job, of one whose worker is gone, and for a dead one the remedy alone."""
     if job.state is State.DEAD:
-        again = obstacles.parents[:1] if job.blockers else [job.id]
-        return Reason(None, f"queuectl dlq retry {again[0]}" if again else None)
+        return Reason(None, remedy_of_dead(job, obstacles))
     if job.state is State.PROCESSING and all(row.id != job.worker for row in obstacles.workers):
         return Reason("its worker is gone", None if obstacles.workers else "queuectl worker start")
     if job.state not in WAITING:
@@ -975,7 +1000,9 @@ def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
         return Reason("after " + ", ".join(obstacles.parents), f"queuectl show {obstacles.parents[0]}")
     if job.due_at is not None and job.due_at > now:
         what = "retry due" if job.state is State.FAILED else "due"
-        return Reason(f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}")
+        cut_s = obstacles.timed_out_after_s
+        more_time = f"queuectl edit {job.id} --timeout {longer(cut_s)}" if cut_s else None
+        return Reason(f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}", more_time)
     if obstacles.paused:
         return Reason(f"queue {job.queue} paused", f"queuectl queue resume {job.queue}")
     if obstacles.max_running is not None and obstacles.running >= obstacles.max_running:
@@ -999,6 +1026,28 @@ def leftovers_reason(leftovers: str) -> Reason:
         return Reason(f"nobody has ended {leftovers}", remedy)
     pids = " ".join(re.findall(r"(?:^|, )(\d+)", leftovers))
     return Reason(f"process {printable(leftovers)} is still there and cannot be ended", f"sudo kill -9 {pids}")
+
+
+MOST_NAMED = 10  # jobs that one remedy names
+
+
+def remedy_of_dead(job: Job, obstacles: WaitReasons) -> str | None:
+    """The command that brings a dead job back: of what it waited for, the first that ended is to be tried again."""
+    if obstacles.key_holder:
+        return f"queuectl wait {obstacles.key_holder}"
+    ids, is_any_cancelled, orphan = obstacles.revival if job.blockers else Revival([job.id])
+    if orphan:
+        return f"queuectl dlq retry {orphan} --clear after"
+    if len(ids) > MOST_NAMED and not is_any_cancelled:
+        return "queuectl dlq retry --all"
+    more_time = f" --timeout {longer(obstacles.timed_out_after_s)}" if obstacles.timed_out_after_s else ""
+    return f"queuectl {'rerun' if is_any_cancelled else 'dlq retry'} {' '.join(ids)}{more_time}" if ids else None
+
+
+def longer(timeout_s: float) -> str:
+    """A time-out to propose where this one was too short."""
+    rounded = (name for name, seconds in (("10m", 600), ("1h", 3600), ("10h", 36_000)) if seconds >= 2 * timeout_s)
+    return next(rounded, str(math.ceil(2 * timeout_s)))
 
 
 def nobody_works(workers: Sequence[WorkerRow]) -> str:
@@ -1092,8 +1141,11 @@ class Overview(NamedTuple):
     workers: list[WorkerRow]  # those that live
     queues: list[QueueRow]
     lost: int  # dead workers whose jobs nobody has recovered yet
-    recent_timeouts: int  # of the newest failed and dead jobs, those that their time-out ended
+    recent_timeouts: int  # of the newest failed and dead jobs, those ended by the default time-out that still holds
     stuck: Sequence[str] = ()  # jobs that cannot be ended, why, and what helps
+    job_timeout: float = Settings().job_timeout
+    own_timeouts: Sequence[Job] = ()  # the same of those that have a time-out of their own
+    can_retry: bool = True  # is one of the dead jobs fit to be retried?
 
 
 def status_lines(seen: Overview) -> Iterator[str]:
@@ -1130,9 +1182,15 @@ def hints(seen: Overview) -> Iterator[str]:
         elif staying and any(queue.counts[s] for s in WAITING) and not any(row.takes(queue.name) for row in staying):
             yield f"! no worker takes queue {queue.name}: queuectl worker start --queue {queue.name}"
     if seen.recent_timeouts:
-        yield f"! {seen.recent_timeouts} cut off by their time-out; raise it: queuectl config set job_timeout 10m"
+        more = f"queuectl config set job_timeout {longer(seen.job_timeout)}"
+        yield f"! {seen.recent_timeouts} cut off by the default time-out; raise it: {more}"
+    if seen.own_timeouts:
+        named = seen.own_timeouts[:MOST_NAMED]
+        more = f"{' '.join(job.id for job in named)} --timeout {longer(max(job.timeout or 0 for job in named))}"
+        yield f"! {len(seen.own_timeouts)} cut off by their own time-out; raise it: queuectl edit {more}"
     if seen.counts[State.DEAD]:
-        yield f"! {seen.counts[State.DEAD]} dead; look: queuectl dlq list, try again: queuectl dlq retry --all"
+        again = ", try again: queuectl dlq retry --all" if seen.can_retry else ""
+        yield f"! {seen.counts[State.DEAD]} dead; look: queuectl dlq list{again}"
 
 
 def queue_json(row: QueueRow) -> dict[str, Any]:
@@ -1151,8 +1209,13 @@ def queue_lines(rows: Sequence[QueueRow], width: int) -> Iterator[str]:
 
 
 def export_line(job: Job) -> str:
-    """A job as a line that `enqueue -` reads back."""
+    """A job as a line that `enqueue -` reads back.
+
+    The key of a job that has ended is left out: several may share one, and all but the first would not be stored.
+    """
     shown = {name: value for name, value in job_json(job).items() if name in FIELDS}
+    if job.state in ENDED:
+        shown["key"] = None
     return json.dumps({name: value for name, value in shown.items() if value is not None})
 
 
@@ -1368,6 +1431,14 @@ def how_ended(job: Job) -> str:
     return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
 
 
+def error_line(job: Job, history: Sequence[Attempt], number: int | None) -> str | None:
+    """What went wrong with a job, or with one of its attempts, for who finds no output; None where nothing did."""
+    if number is None:
+        return f"job {how_ended(job)}" if job.error else None
+    errors = [attempt.error for attempt in history if attempt.number == number and attempt.error]
+    return f"attempt {number} of job {job.id}: {errors[-1]}" if errors else None
+
+
 def exit_code_of(job: Job, last: Attempt | None) -> int:
     """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
     if job.state is State.COMPLETED:
@@ -1398,7 +1469,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "1: the queue",
         (
             f"PRAGMA application_id = {APPLICATION_ID}",
-            # What the columns hold is said at the class Job, and of those that `enqueue` takes at FIELDS.
+            # The class Job describes the columns; FIELDS describes those that `enqueue` takes.
             """CREATE TABLE jobs (
                 seq INTEGER PRIMARY KEY AUTOINCREMENT,
                 id TEXT NOT NULL UNIQUE COLLATE NOCASE,
@@ -1442,10 +1513,10 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "CREATE INDEX jobs_due ON jobs (due_at) WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0",
             "CREATE INDEX jobs_state ON jobs (state, seq)",
             "CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL",
-            # The lock on a key is the row itself: it cannot go stale.
+            # The row itself is the lock on its key, so the lock cannot go stale.
             """CREATE UNIQUE INDEX jobs_key ON jobs (key)
                 WHERE key IS NOT NULL AND state IN ('pending', 'processing', 'failed')""",
-            # What the columns hold is said at the class Attempt; n counts the rows of a job.
+            # The class Attempt describes the columns; n numbers the rows of a job.
             """CREATE TABLE attempts (
                 job INTEGER NOT NULL, n INTEGER NOT NULL, number INTEGER NOT NULL, worker INTEGER NOT NULL,
                 started_at INTEGER NOT NULL, ended_at INTEGER NOT NULL, exit_code INTEGER, signal INTEGER,
@@ -1455,7 +1526,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             """CREATE TABLE dependencies (
                 parent INTEGER NOT NULL, child INTEGER NOT NULL, PRIMARY KEY (parent, child)) WITHOUT ROWID""",
             "CREATE INDEX dependencies_child ON dependencies (child)",
-            # Only queues that somebody has paused or limited have a row.
+            # Only paused or limited queues have a row.
             """CREATE TABLE queues (
                 name TEXT PRIMARY KEY,
                 paused INTEGER NOT NULL DEFAULT 0,  -- nothing new is started
@@ -1470,10 +1541,10 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 drain INTEGER NOT NULL DEFAULT 0,  -- leaves when nothing is left that could run
                 stop TEXT CHECK (stop IN ('finish', 'now')),  -- it is to leave, after its job or at once
                 started_at INTEGER NOT NULL)""",
-            # What jobs that were removed had added to the tallies of `metrics --prometheus`.
+            # The contribution of removed jobs to the counters of `metrics --prometheus`.
             "CREATE TABLE past (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID",
             "CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-            # How many jobs are in each state, by queue; only the triggers write it.
+            # The number of jobs in each state, by queue. Only the triggers write to it.
             """CREATE TABLE counts (
                 state TEXT NOT NULL, queue TEXT NOT NULL, n INTEGER NOT NULL,
                 PRIMARY KEY (state, queue)) WITHOUT ROWID""",
@@ -1495,7 +1566,7 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
                 INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
             END""",
-            # Before the row goes: dependencies_deleted must still see that the parent had completed.
+            # It runs before the delete, because dependencies_deleted must still see the state of the parent.
             """CREATE TRIGGER jobs_before_delete BEFORE DELETE ON jobs WHEN OLD.state = 'completed' BEGIN
                 DELETE FROM dependencies WHERE parent = OLD.seq;
             END""",
@@ -1558,7 +1629,7 @@ def _is_busy(error: Exception) -> bool:
 
 
 def _domain_error(path: str, error: Exception) -> QueueError:
-    """sqlite3's error as ours, in one line that says what to do."""
+    """Translate an error of sqlite3 into one of ours, in one line that says what to do."""
     text = printable(str(error))
     if isinstance(error, UnicodeEncodeError):
         return BadInput("what was given is not valid Unicode")
@@ -1566,9 +1637,9 @@ def _domain_error(path: str, error: Exception) -> QueueError:
     if "json" in text and "no such" in text:
         return StoreError(f"needs an SQLite with its JSON functions; this Python's {sqlite3.sqlite_version} has none")
     if _is_busy(error):
-        return StoreBusy(f"another program holds {path}; nothing was stored, try again when it is done")
-    if "full" in text or "disk I/O" in text:  # a shared memory file that cannot grow is an I/O error
-        return StoreError(f"cannot write {path}, its disk is full or failing ({text}); nothing was stored")
+        return StoreBusy(f"another program holds {path}; try again when it is done")
+    if "full" in text or "disk I/O" in text:  # SQLite reports a shared memory file that cannot grow as an I/O error
+        return StoreError(f"cannot use {path}, its disk is full or failing ({text})")
     is_damage = ("not a database", "malformed", "no such", "decode", "too big")
     if isinstance(error, UnicodeDecodeError) or any(words in text for words in is_damage):
         return Damaged(f"{path} is damaged ({text}); move it away, or put a backup in its place")
@@ -1576,36 +1647,48 @@ def _domain_error(path: str, error: Exception) -> QueueError:
 
 
 def _any_text(value: bytes) -> str:
-    """A text of the database, also where its bytes are no UTF-8."""
+    """Decode a text of the database, also where its bytes are not valid UTF-8."""
     return value.decode(errors="surrogateescape")
 
 
 def sqlite_version() -> str:
-    """Of the library that this Python uses."""
+    """Return the version of the SQLite library that this Python uses."""
     return sqlite3.sqlite_version
 
 
 class Transaction:
-    """What happens inside `with` happens whole or not at all; entered again while it is open, it goes on."""
+    """A transaction as a context manager. Entered again while it is open, it joins the outer one."""
 
-    def __init__(self, db: sqlite3.Connection, run: Callable[[str], object], begin: str) -> None:
-        self._db, self._run, self._begin, self._depth = db, run, begin, 0
+    def __init__(
+        self, begin: Callable[[], object], commit: Callable[[], object], roll_back: Callable[[], object],
+        has_failed: Callable[[StoreError], None],
+    ) -> None:  # fmt: skip
+        self._begin, self._commit, self._roll_back, self._has_failed = begin, commit, roll_back, has_failed
+        self._depth = 0
 
     def __enter__(self) -> None:
         if not self._depth:
-            self._run(self._begin)
+            try:
+                self._begin()
+            except StoreError as error:
+                self._has_failed(error)
+                raise
         self._depth += 1
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._depth -= 1
         if self._depth:
             return
         try:
             if kind is None:
-                self._run("COMMIT")
+                self._commit()
+        except StoreError as failed:
+            self._has_failed(failed)
+            raise
         finally:
-            if self._db.in_transaction:
-                self._run("ROLLBACK")
+            self._roll_back()
+        if isinstance(error, StoreError):
+            self._has_failed(error)
 
 
 class Database:
@@ -1619,14 +1702,16 @@ class Database:
         if sqlite3.sqlite_version_info < (3, 35):
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
         self.path, self.busy_timeout_s = path, busy_timeout_s
+        self.commits = 0  # of this connection, without those that migrate the schema
         try:
             self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
         except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(path, error) from error
-        self._writing = Transaction(self._connection, self.run, "BEGIN IMMEDIATE")
-        self._staging = Transaction(self._connection, self.run, "BEGIN")
+        self._writing = self._transaction("BEGIN IMMEDIATE", self._commit)
+        self._staging = self._transaction("BEGIN", functools.partial(self.run, "COMMIT"))
         try:
             self._bring_up()
+            self.commits = 0
             self.wait_for_disk(durable)
             if not durable:
                 self.run(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
@@ -1636,19 +1721,19 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection."""
         self._connection.close()
 
     # ---- schema
 
     def _bring_up(self) -> None:
-        """Make the schema, or bring an older one up; refuse a newer one and a stranger's."""
+        """Create or migrate the schema. Refuse a newer schema and the database of another program."""
         if self._schema_version() == len(MIGRATIONS):
             return
         self.run(f"PRAGMA page_size = {PAGE_BYTES}")
         if self.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
-        with self.writing():  # two processes may be here at once: look again inside
+        with self.writing():  # two processes may be here at once, so read the version again inside
             version = self._schema_version()
             for _, statements in MIGRATIONS[version:]:
                 for statement in statements:
@@ -1658,11 +1743,13 @@ class Database:
             self.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _schema_version(self) -> int:
-        """The schema's version; StoreError where it is newer than this file, or not ours."""
-        version, application, has_tables, _ = self.one(  # in one statement: another may be making them
-            """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master),
+        """Return the version of the schema. Raise StoreError if it is newer than this file, or not ours."""
+        version, application, has_tables, _ = (
+            self.one(  # in one statement, because another process may be creating the schema
+                """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master),
                 json_array()  -- an SQLite before 3.38 may have been built without it
             FROM pragma_user_version, pragma_application_id"""
+            )
         )
         if application != APPLICATION_ID and (version or has_tables):
             raise StoreError(f"{self.path} is the database of another program; set QUEUECTL_HOME to another directory")
@@ -1677,20 +1764,64 @@ class Database:
     # ---- statements
 
     def writing(self) -> Transaction:
-        """One transaction that writes, all or nothing; joins the one that is open."""
+        """Return the write transaction. Entered inside another `writing`, it joins that one."""
         return self._writing
 
     def staging(self) -> Transaction:
-        """One transaction on temporary tables; it locks nobody out."""
+        """Return a transaction on temporary tables, which takes no lock on the database."""
         return self._staging
 
+    def _transaction(self, begin: str, commit: Callable[[], object]) -> Transaction:
+        return Transaction(functools.partial(self.run, begin), commit, self._roll_back, self._note_unchanged)
+
+    def _note_unchanged(self, error: StoreError) -> None:
+        """Let an error say that nothing was stored, unless this connection has committed something before."""
+        if not self.commits:
+            error.effect = error.effect or "nothing was stored"
+
+    def _roll_back(self) -> None:
+        if self._connection.in_transaction:
+            self.run("ROLLBACK")
+
+    def _commit(self) -> None:
+        """Commit. A commit that fails is undone for certain, or StoreUncertain says that it may come back."""
+        try:
+            self.run("COMMIT")
+        except StoreBusy:
+            raise
+        except StoreError as error:
+            self._roll_back()
+            if not self._overwrite_wal():
+                raise StoreUncertain(error.reason) from error
+            raise
+        self.commits += 1
+
+    def _overwrite_wal(self) -> bool:
+        """Overwrite what a failed commit has left in the WAL; False where that fails too.
+
+        SQLite appends a transaction to the WAL and then waits for the disk. Where that wait fails, the transaction
+        stays behind the end of the WAL that the others see. The next writer overwrites it, but if every process
+        dies before that, the next one reads the WAL anew and takes the transaction for committed.
+        """
+        for level in ("FULL", "OFF"):  # OFF does not wait for the disk, which may be what fails
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path)) as other:
+                other.isolation_level = None
+                other.execute(f"PRAGMA busy_timeout = {round(self.busy_timeout_s * 1000)}")
+                other.execute(f"PRAGMA synchronous = {level}")
+                other.execute("BEGIN IMMEDIATE")
+                version = other.execute("PRAGMA user_version").fetchone()[0]
+                other.execute(f"PRAGMA user_version = {version}")  # writes a page, and changes nothing
+                other.execute("COMMIT")
+                return True
+        return False
+
     def all(self, sql: str, **values: Any) -> list[Any]:
-        """Every row of a statement."""
+        """Return all rows of a statement."""
         return self._until_free(lambda: self._connection.execute(sql, values).fetchall())
 
     def rows(self, sql: str) -> Iterator[Any]:
-        """The rows of a statement one by one, for those that may be many."""
-        self._connection.text_factory = _any_text  # it cannot begin again, as `_until_free` does
+        """Yield the rows of a statement one by one, for large results."""
+        self._connection.text_factory = _any_text  # a generator cannot start over as `_until_free` does
         try:
             for row in self._connection.execute(sql):  # noqa: UP028 (that would close it, after the database perhaps)
                 yield row
@@ -1702,7 +1833,7 @@ class Database:
         return rows[0] if rows else None
 
     def run(self, sql: str, **values: Any) -> int:
-        """Run a statement; how many rows it changed."""
+        """Run a statement, and return the number of rows that it changed."""
         return self._until_free(lambda: self._connection.execute(sql, values).rowcount)
 
     def insert_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
@@ -1749,19 +1880,19 @@ class Database:
     # ---- change notice and durability
 
     def commits_seen(self) -> int:
-        """A number that changes whenever another process has committed."""
+        """Return a number that changes whenever another connection commits."""
         return int(self.one("PRAGMA data_version")[0])
 
     def checkpoint(self) -> None:
-        """Carry what has been committed from the WAL into the database; waits for the disk, and holds up nobody."""
+        """Copy committed pages from the WAL into the database. This waits for the disk, and blocks nobody."""
         self.run("PRAGMA wal_checkpoint(PASSIVE)")
 
     def wait_for_disk(self, on: bool) -> None:
-        """Let commits return only once they are on disk, or before that."""
+        """Choose whether a commit waits for the disk."""
         self.run(f"PRAGMA synchronous = {'FULL' if on else 'NORMAL'}")
 
     def sync(self) -> None:
-        """Put on disk what has been committed so far, whatever `durable` says: only a commit that writes does."""
+        """Flush all commits to disk, whatever `durable` says. Only a commit that writes a page flushes the WAL."""
         self.wait_for_disk(True)
         with self.writing():
             self.run("UPDATE sqlite_sequence SET seq = seq WHERE name = 'workers'")
@@ -1770,11 +1901,11 @@ class Database:
     # ---- copies
 
     def damage(self) -> list[str]:
-        """What SQLite finds wrong with the file; nothing where it is whole."""
+        """Return what `PRAGMA integrity_check` finds; nothing if the file is sound."""
         return [row[0] for row in self.all("PRAGMA integrity_check") if row[0] != "ok"]
 
     def back_up(self, path: str) -> None:
-        """A consistent copy of the database, while workers go on."""
+        """Write a consistent copy of the database to a file, while workers go on."""
         try:
             with contextlib.closing(sqlite3.connect(path)) as copy:
                 self._connection.backup(copy)
@@ -1796,9 +1927,9 @@ class Database:
                     inspect(before)
 
         with self.writing():
-            pass  # waits for others, and no longer than we do; the copying itself would wait for ever
+            pass  # waits for the lock with our busy timeout; the copy itself would wait for ever
         try:
-            # The progress call comes first with the lock taken, and before the last page.
+            # The first progress call comes after the lock is taken and before the last page is copied.
             copy._connection.backup(self._connection, pages=10, progress=inspect_once)
         except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(self.path, error) from error
@@ -1815,7 +1946,7 @@ def copy_backup(path: str, to: str) -> None:
 
 
 def _refuse_copy(path: str, copy: sqlite3.Connection) -> None:
-    """StoreError where a copy cannot take the place of a queue."""
+    """Raise StoreError if a copy cannot replace a queue."""
     if copy.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise StoreError(f"{path} is no backup of a queue")
     if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
@@ -1829,16 +1960,17 @@ def _refuse_copy(path: str, copy: sqlite3.Connection) -> None:
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _COLUMNS = ", ".join(COLUMNS)
 _SELECT = f"SELECT {_COLUMNS} FROM jobs "
-SORTS = {  # what a list can be sorted by
+SORTS = {  # the sort keys of `list`, and their columns
     "seq": "seq", "id": "id", "state": "state", "queue": "queue", "priority": "priority", "attempts": "attempts",
     "created": "created_at", "changed": "updated_at",
 }  # fmt: skip
 _STAGED = (*STORED, "created_at")
+_ANSWERED = "SELECT id, is_new FROM staged"
 _staged_row = operator.itemgetter(*_STAGED, "origin")
 
 
 def _states_in(states: Sequence[State]) -> str:
-    """A condition on the column `state`, in SQL."""
+    """Return an SQL condition on the column `state`."""
     return f"state IN ({', '.join(repr(state.value) for state in states)})"
 
 
@@ -1850,7 +1982,7 @@ def _json_or_null(value: Sequence[Any] | None) -> str | None:
 
 
 def _as_columns(spec: Spec) -> dict[str, Any]:
-    """The values of a spec as their columns hold them."""
+    """Return the column values of a spec."""
     values = dict(spec)
     for name in JSON_COLUMNS:
         if values.get(name) is not None:
@@ -1859,7 +1991,7 @@ def _as_columns(spec: Spec) -> dict[str, Any]:
 
 
 class Queries:
-    """What is asked about jobs."""
+    """Read-only queries about jobs."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -1867,14 +1999,14 @@ class Queries:
     # ---- choosing jobs
 
     def get(self, id: str) -> Job:
-        """The job of that id; NotFound names the nearest among the newest thousand."""
+        """Return the job of that id. NotFound suggests the nearest of the newest thousand ids."""
         row = self._db.one(_SELECT + "WHERE id = :id", id=id)
         if not row:
             raise NotFound(f"no job {printable(id)!r}{nearest(id, self.newest_ids())}")
         return readable_job(row)
 
     def newest_ids(self) -> list[str]:
-        """The ids of the newest thousand jobs."""
+        """Return the ids of the newest thousand jobs."""
         return [str(row[0]) for row in self._db.all("SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000")]
 
     def ids_beginning(self, prefix: str, states: Sequence[State], hold: bool | None, most: int = 1000) -> list[str]:
@@ -1908,18 +2040,18 @@ class Queries:
         return [row[0] for row in rows]
 
     def exists(self, id: str) -> bool:
-        """Is there a job of that id?"""
+        """Tell whether there is a job of that id."""
         return self._db.one("SELECT 1 FROM jobs WHERE id = :id", id=id) is not None
 
     def key_holder(self, key: str | None) -> str | None:
-        """The id of the job that bears a key and has not ended."""
+        """Return the id of the open job that has this key, or None."""
         row = self._db.one(f"SELECT id FROM jobs WHERE key = :key AND {IS_OPEN}", key=key)
         return row and str(row[0])
 
     def jobs(
         self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None, sort: str = "seq"
     ) -> list[Job]:
-        """The newest jobs that fit, in the order of enqueueing or of a column."""
+        """Return the newest matching jobs, sorted by the order of enqueueing or by a column."""
         rows = self._db.all(
             f"SELECT * FROM ({_SELECT}"
             """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
@@ -1932,7 +2064,7 @@ class Queries:
         return [readable_job(row) for row in rows]
 
     def not_completed(self, seqs: Sequence[int] | None, limit: int) -> list[Job]:
-        """The first of these jobs, with None of all, that ended otherwise."""
+        """Return the first dead or cancelled jobs among these; None means all jobs."""
         rows = self._db.all(
             f"""{_SELECT} WHERE (:seqs IS NULL OR seq IN (SELECT value FROM json_each(:seqs)))
                 AND {IS_HOPELESS} ORDER BY seq LIMIT :limit""",
@@ -1941,7 +2073,7 @@ class Queries:
         return [readable_job(row) for row in rows]
 
     def next_of(self, seqs: Sequence[int] | None) -> Job | None:
-        """What the end of these jobs, with None of all, hangs on first: one under way, or the oldest that could be."""
+        """Return the job that these (None: all) wait for first: a running one, or the oldest that is not blocked."""
         if seqs is None:
             oldest = "SELECT min(seq) FROM jobs WHERE state = :state"
             firsts = (self._db.one(oldest, state=state.value) for state in OPEN)
@@ -1956,11 +2088,11 @@ class Queries:
         return readable_job(row) if row else None
 
     def chosen(self, which: Selection) -> list[Job]:
-        """The jobs selected, in whatever state."""
+        """Return the selected jobs in any state."""
         return self.choose(which, list(State), "chosen")
 
     def choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
-        """The jobs selected, all of them in one of the states; QueueError for a named one that is not."""
+        """Return the selected jobs that are in one of the states. Raise QueueError if a named job is not."""
         if which.ids and (which.tag or which.queue or which.every):
             raise BadInput("name jobs by id, or choose them with --tag, --queue or --all: not both")
         if which.ids:
@@ -1975,7 +2107,7 @@ class Queries:
         return self.jobs(which, states)
 
     def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
-        """How many jobs fit; from the counts where no tag is asked for."""
+        """Return the number of matching jobs, from the table of counts unless a tag is given."""
         source = "(SELECT queue, state, tag, 1 AS n FROM jobs WHERE tag = :tag)" if where.tag else "counts"
         row = self._db.one(
             f"""SELECT coalesce(sum(n), 0) FROM {source} WHERE (:queue IS NULL OR queue = :queue)
@@ -1987,45 +2119,99 @@ class Queries:
     # ---- counts and facts
 
     def counts(self, seqs: Sequence[int] | None = None) -> dict[State, int]:
-        """How many of these jobs are in each state, or with None of all: that costs the same however many there are."""
+        """Count these jobs by state. None means all jobs, which takes constant time."""
         these = "(SELECT state, 1 AS n FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)))"
         source = "counts" if seqs is None else these
         rows = self._db.all(f"SELECT state, sum(n) FROM {source} GROUP BY state", seqs=_to_json(seqs or ()))
         sums = {state: n for state, n in rows if type(n) is int}
         return {state: sums.get(state.value, 0) for state in State}
 
+    def states(self, seqs: Sequence[int]) -> dict[int, State]:
+        """Return the states of these jobs by seq, without jobs that were removed."""
+        rows = self._db.all(
+            "SELECT seq, state FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs))", seqs=_to_json(seqs)
+        )
+        return {seq: State(state) for seq, state in rows}
+
     def history(self, job: Job) -> list[Attempt]:
-        """The attempts of a job that have ended, oldest first."""
+        """Return the ended attempts of a job, oldest first."""
         columns = ", ".join(Attempt._fields)
         rows = self._db.all(f"SELECT {columns} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq)
         return [attempt_from_row(row) for row in rows]
 
     def wait_reasons(
-        self, jobs: Sequence[Job], workers: list[WorkerRow], queues: Sequence[QueueRow]
+        self, jobs: Sequence[Job], workers: list[WorkerRow], queues: Sequence[QueueRow], settings: Settings
     ) -> list[WaitReasons]:
-        """What stands between each of these jobs and the workers, of which only the living are to be given."""
+        """Return what keeps each of these jobs from running. `workers` are those that live."""
         rows_of = {row.name: row for row in queues}
-        nothing = QueueRow("", False, None, dict.fromkeys(State, 0))  # its last job has just gone
+        nothing = QueueRow(
+            "", False, None, dict.fromkeys(State, 0)
+        )  # of a queue whose last job was removed a moment ago
         rows = [rows_of.get(job.queue, nothing) for job in jobs]
         return [
             WaitReasons(
-                self._missing_parents(job) if job.blockers else [],
+                self._missing_parents(job) if job.blockers and job.state in WAITING else [],
                 row.paused, row.max_running, row.counts[State.PROCESSING], workers,
+                self.revival(job) if job.blockers and job.state is State.DEAD else Revival(),
+                self.key_holder(job.key) if job.state is State.DEAD else None,
+                self._timed_out_after_s(job, settings_for(job, settings).job_timeout),
             )
             for job, row in zip(jobs, rows, strict=True)
         ]  # fmt: skip
 
     def _missing_parents(self, job: Job) -> list[str]:
-        """Those that a waiting job waits for; of a dead one those that could be retried."""
+        """Return the ids of the parents that a waiting job waits for."""
         rows = self._db.all(
-            """SELECT id FROM jobs WHERE state <> 'completed' AND (:is_waiting OR state = 'dead')
+            """SELECT id FROM jobs WHERE state <> 'completed'
                 AND seq IN (SELECT parent FROM dependencies WHERE child = :seq) ORDER BY seq""",
-            seq=job.seq, is_waiting=job.state in WAITING,
-        )  # fmt: skip
+            seq=job.seq,
+        )
         return [printable(str(row[0])) for row in rows]
 
+    def revival(self, job: Job) -> Revival:
+        """Return the roots of a dead job: itself and the hopeless jobs above it, without those below another of them.
+
+        Tried again, they bring back what died with them.
+        """
+        rows = self._db.all(
+            f"""WITH RECURSIVE above(seq) AS (SELECT :seq UNION
+                SELECT parent FROM dependencies JOIN above ON child = above.seq
+                    JOIN jobs ON jobs.seq = parent WHERE {IS_HOPELESS}),
+            links AS (SELECT child, jobs.seq IS NULL AS is_removed FROM dependencies
+                LEFT JOIN jobs ON jobs.seq = parent WHERE child IN above AND (jobs.seq IS NULL OR {IS_HOPELESS}))
+            SELECT id, state, seq IN (SELECT child FROM links WHERE is_removed) FROM jobs
+                WHERE seq IN above AND seq NOT IN (SELECT child FROM links WHERE NOT is_removed) ORDER BY seq""",
+            seq=job.seq,
+        )
+        orphans = [printable(str(id)) for id, state, is_orphan in rows if is_orphan and state == State.DEAD.value]
+        is_any_cancelled = any(state == State.CANCELLED.value for _, state, _ in rows)
+        return Revival([printable(str(row[0])) for row in rows], is_any_cancelled, next(iter(orphans), None))
+
+    def can_retry(self) -> bool:
+        """Tell whether a dead job has a free key and no removed, dead or cancelled parent."""
+        row = self._db.one(
+            f"""SELECT 1 FROM jobs AS dead WHERE state = 'dead'
+                AND NOT EXISTS (SELECT 1 FROM dependencies LEFT JOIN jobs AS parent ON parent.seq = dependencies.parent
+                    WHERE child = dead.seq AND (parent.seq IS NULL OR parent.{IS_HOPELESS}))
+                AND (key IS NULL OR NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = dead.key
+                    AND other.{IS_OPEN})) LIMIT 1"""
+        )
+        return row is not None
+
+    def _timed_out_after_s(self, job: Job, timeout_s: float) -> float | None:
+        """Return how long the last attempt ran if a time-out ended it and would do so again, or else None."""
+        if not timeout_s or job.exit_code is not None or job.state not in (State.FAILED, State.DEAD):
+            return None
+        row = self._db.one(
+            """SELECT ended_by, (ended_at - started_at) / 1000.0 FROM attempts
+                WHERE job = :seq ORDER BY n DESC LIMIT 1""",
+            seq=job.seq,
+        )
+        is_cut = row and row[0] == EndReason.TIMED_OUT.value and row[1] >= timeout_s
+        return max(row[1], timeout_s) if is_cut else None
+
     def times(self, newest: int = 10_000) -> list[tuple[int, int, int]]:
-        """When the newest completed jobs could first have run, their last start and their end."""
+        """Return, for the newest completed jobs, when each could first have run, its last start and its end."""
         return self._db.all(
             """SELECT max(created_at, coalesce(run_at, 0)), started_at, finished_at FROM jobs
                 WHERE state = 'completed' AND typeof(created_at) = 'integer' AND typeof(started_at) = 'integer'
@@ -2034,14 +2220,14 @@ class Queries:
         )
 
     def tallies(self) -> dict[str, float]:
-        """Sums over all attempts that ever ended, those of removed jobs included, by name."""
+        """Return sums over all ended attempts, also those of removed jobs, by name."""
         tallies = self.tallies_of(None)
         for name, value in self._db.all("SELECT name, value FROM removed_tallies"):
             tallies[name] = tallies.get(name, 0) + value
         return tallies
 
     def tallies_of(self, seqs: Sequence[int] | None) -> dict[str, float]:
-        """The same over the attempts of these jobs alone, or with None of all that are there."""
+        """Return the same sums over the attempts of these jobs, or of all jobs that are stored (None)."""
         buckets = ", ".join(f"coalesce(sum(s <= {bucket}), 0)" for bucket in BUCKETS_S)
         which = "1" if seqs is None else "job IN (SELECT value FROM json_each(:seqs))"
         tallies: dict[str, float] = {}
@@ -2059,20 +2245,28 @@ class Queries:
             tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
         return tallies
 
-    def recent_timeouts(self, most: int = 1000) -> int:
-        """How many of the newest failed and of the newest dead jobs were ended by their time-out."""
-        row = self._db.one(
-            """SELECT count(*) FROM (
-                SELECT * FROM (SELECT seq FROM jobs WHERE state = 'failed' ORDER BY seq DESC LIMIT :most) UNION ALL
-                SELECT * FROM (SELECT seq FROM jobs WHERE state = 'dead' ORDER BY seq DESC LIMIT :most)) AS newest
-                WHERE (SELECT ended_by FROM attempts WHERE job = newest.seq ORDER BY n DESC LIMIT 1) = :timed_out""",
-            most=most, timed_out=EndReason.TIMED_OUT.value,
+    def recent_timeouts(self, job_timeout: float, most: int = 1000) -> tuple[int, list[Job]]:
+        """Of the newest failed and of the newest dead jobs, those that a time-out ended that still holds.
+
+        How many had the default time-out, and those that have their own. One that has been raised since is over.
+        """
+        rows = self._db.all(
+            f"""{_SELECT} WHERE seq IN (
+                SELECT seq FROM (
+                    SELECT * FROM (SELECT seq FROM jobs WHERE state = 'failed' ORDER BY seq DESC LIMIT :most) UNION ALL
+                    SELECT * FROM (SELECT seq FROM jobs WHERE state = 'dead' ORDER BY seq DESC LIMIT :most)) AS newest
+                WHERE (SELECT ended_by FROM attempts WHERE job = newest.seq ORDER BY n DESC LIMIT 1) = :timed_out)
+            AND coalesce(nullif(coalesce(timeout, :job_timeout), 0), 1e99) * 1000 <= (
+                SELECT ended_at - started_at FROM attempts WHERE job = jobs.seq ORDER BY n DESC LIMIT 1)
+            ORDER BY seq DESC""",
+            most=most, timed_out=EndReason.TIMED_OUT.value, job_timeout=job_timeout,
         )  # fmt: skip
-        return int(row[0])
+        jobs = [job_from_row(row) for row in rows]
+        return sum(job.timeout is None for job in jobs), [job for job in jobs if job.timeout is not None]
 
 
 class Jobs:
-    """The way of a job: in, claimed, finished. Its methods share one transaction and one guard."""
+    """The life of a job: enqueued, claimed, finished. The methods share one transaction and one guard."""
 
     def __init__(self, db: Database, queries: Queries) -> None:
         self._db, self._queries = db, queries
@@ -2082,7 +2276,7 @@ class Jobs:
     def enqueue(
         self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False
     ) -> Iterator[tuple[str, bool]]:
-        """Store jobs, all or none; the id of each, and whether it is new.
+        """Store all jobs or none. Return the id of each, and whether it is new.
 
         Each spec comes with what an error about it begins with. A job whose key is taken is
         not stored: the id of the one that bears it is returned. QueueError for an id that exists.
@@ -2093,7 +2287,11 @@ class Jobs:
         with self._db.writing():
             row = self._db.one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
             self._insert_staged(row[0] if row else 0, now, skip_existing)
-        return ((id, bool(is_new)) for id, is_new in self._db.rows("SELECT id, is_new FROM staged ORDER BY n"))
+            first = self._db.all(
+                f"{_ANSWERED} ORDER BY n LIMIT {LIST_ROWS}"
+            )  # read before the commit, so that no error can follow it
+        rest = self._db.rows(f"{_ANSWERED} ORDER BY n LIMIT -1 OFFSET {LIST_ROWS}")
+        return ((id, bool(is_new)) for rows in (first, rest) for id, is_new in rows)
 
     def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
         self._db.run(
@@ -2111,7 +2309,7 @@ class Jobs:
             )
 
     def _insert_staged(self, last: int, now: int, skip_existing: bool) -> None:
-        """Make jobs of what is staged; they are numbered from `last` on."""
+        """Insert the staged jobs, numbered from `last` + 1."""
         self._skip_existing(skip_existing)
         self._make_up_ids(last)
         self._insert_where("key IS NULL", last, now)
@@ -2130,13 +2328,13 @@ class Jobs:
                 raise type(error)(f"{origin}{error}") from None
 
     def _make_up_ids(self, last: int) -> None:
-        """Ids that are short, never used twice, and sort as their jobs were made, up to 268 million of them."""
+        """Generate ids that are short, never reused, and sort by creation, for up to 268 million jobs."""
         self._db.run("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
         while self._db.run(
             """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
                 OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
         ):
-            pass  # somebody chose just the id that we made up
+            pass  # a user chose an id that we generated
 
     def _insert_where(self, condition: str, last: int, now: int, **values: int) -> None:
         columns = ", ".join(_STAGED)
@@ -2148,7 +2346,7 @@ class Jobs:
         )  # fmt: skip
 
     def _skip_existing(self, skip_existing: bool) -> None:
-        """Staged ids that exist already, in the queue or further up, are no new jobs; QueueError unless wanted."""
+        """Skip staged ids that exist in the queue or occur above. Raise QueueError unless `skip_existing`."""
         if not self._db.one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
             return
         self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
@@ -2161,7 +2359,7 @@ class Jobs:
             raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
 
     def add_dependencies(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
-        """Let a job wait for others; it dies at once of one that can never complete."""
+        """Add the parents of a job. The job is dead at once if one of them can never complete."""
         found = [self._queries.get(parent) for parent in parents]
         for parent in found:
             if parent.seq == seq or self._db.one(
@@ -2177,7 +2375,7 @@ class Jobs:
                 self.fail_dependents(parent, now)
 
     def fail_dependents(self, parent: Job, now: int) -> None:
-        """What waits for a job that will never complete is dead with it, all the way down."""
+        """Make every waiting descendant of a job dead, because that job will never complete."""
         self._db.run(
             f"""WITH RECURSIVE below(seq) AS (SELECT child FROM dependencies WHERE parent = :parent
                 UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
@@ -2190,7 +2388,7 @@ class Jobs:
     # ---- its way
 
     def claim(self, worker: int, queues: Sequence[str] | None, now: int) -> Job | None:
-        """Take the best job that may run: highest priority first, then first enqueued.
+        """Claim the best job that may run: the highest priority, then the first enqueued.
 
         Its cost depends on the number of queues that hold waiting jobs, not on the number of jobs.
         None where nothing may run, and for a worker that is to stop or was taken for dead. A job whose row is
@@ -2233,7 +2431,7 @@ class Jobs:
         self.fail_dependents(readable_job(row), now)
 
     def finish(self, job: Job, outcome: Outcome, settings: Settings, now: int, chance: float = 0.0) -> State | None:
-        """End an attempt as the retry policy says; what the job has become.
+        """End an attempt by the retry policy, and return the new state of the job.
 
         None, and nothing changed, where that attempt of that worker is no longer under way.
         """
@@ -2250,7 +2448,7 @@ class Jobs:
                 state=after.state.value, attempts=after.attempts, due_at=after.due_at,
                 finished_at=now if after.state in ENDED else None, exit_code=outcome.exit_code, error=outcome.error,
             )  # fmt: skip
-            if not ended:  # somebody has cancelled it meanwhile, or it is no longer ours
+            if not ended:  # it was cancelled meanwhile, or another worker has it
                 asked = not job.cancelling and self.is_cancelling(job)
                 return self.finish(job._replace(cancelling=True), outcome, settings, now, chance) if asked else None
             self._keep_attempt(job, outcome, now)
@@ -2259,7 +2457,7 @@ class Jobs:
         return after.state
 
     def is_cancelling(self, job: Job) -> bool:
-        """Is its attempt to be ended?"""
+        """Tell whether the current attempt is to be cancelled."""
         row = self._db.one("SELECT cancelling FROM jobs WHERE seq = :seq", seq=job.seq)
         return bool(row and row[0])
 
@@ -2274,12 +2472,12 @@ class Jobs:
         )  # fmt: skip
 
     def next_due(self) -> int | None:
-        """When the next job comes due."""
+        """Return when the next job comes due, in milliseconds since 1970."""
         row = self._db.one("SELECT min(due_at) FROM jobs WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0")
         return cast("int | None", row[0])
 
     def restart_backoffs(self, now: int) -> None:
-        """Count the backoffs of failed jobs from now, where they were counted from a moment that now lies ahead."""
+        """Restart the backoffs of failed jobs that began at a time which is now in the future."""
         ahead = "SELECT 1 FROM jobs WHERE state = 'failed' AND updated_at > :now LIMIT 1"
         if not self._db.one(ahead, now=now):
             return
@@ -2291,7 +2489,7 @@ class Jobs:
             )
 
     def running_jobs(self, worker: int) -> list[Job]:
-        """The attempts that a worker has not ended: one at the most."""
+        """Return the jobs that a worker is running: one at most."""
         rows = self._db.all(_SELECT + "WHERE state = 'processing' AND worker = :worker", worker=worker)
         return [readable_job(row) for row in rows]
 
@@ -2301,11 +2499,11 @@ class Config:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._rows: list[Any] = []  # what the settings were made of
+        self._rows: list[Any] = []  # the rows that `_settings` was built from
         self._settings = Settings()
 
     def settings(self) -> Settings:
-        """The configuration in force."""
+        """Return the current configuration."""
         rows = self._db.all("SELECT key, value FROM config")
         if rows != self._rows:
             self._settings = Settings(**dict(self._legal(rows)))
@@ -2326,7 +2524,7 @@ class Config:
                     yield key, SETTINGS[key].check(json.loads(value))
 
     def set(self, key: str, value: Any) -> None:
-        """Set a key, or with None go back to its default."""
+        """Set a key. None restores its default."""
         with self._db.writing():
             self._db.run("DELETE FROM config WHERE key = :key", key=key)
             if value is not None:
@@ -2334,13 +2532,13 @@ class Config:
 
 
 class Changes:
-    """What commands change about jobs that are there."""
+    """The changes that commands make to stored jobs."""
 
     def __init__(self, db: Database, jobs: Jobs, queries: Queries, config: Config) -> None:
         self._db, self._jobs, self._queries, self._config = db, jobs, queries, config
 
     def set_hold(self, which: Selection, hold: bool, now: int) -> list[str]:
-        """Keep waiting jobs from starting, or let them go; the ids."""
+        """Hold or release waiting jobs, and return their ids."""
         with self._db.writing():
             chosen = self._queries.choose(which, WAITING, "held" if hold else "released")
             for job in chosen:
@@ -2350,7 +2548,7 @@ class Changes:
         return [job.id for job in chosen]
 
     def cancel(self, which: Selection, now: int) -> list[Job]:
-        """Waiting jobs never run; those under way are marked, for their workers to be rung. The jobs as they were."""
+        """Cancel waiting jobs, and mark running ones for their workers to end. Return the jobs as they were before."""
         with self._db.writing():
             chosen = self._queries.choose(which, OPEN, "cancelled")
             for job in chosen:
@@ -2362,16 +2560,16 @@ class Changes:
                     WHERE seq = :seq AND {IS_WAITING}""",
                     seq=job.seq, now=now,
                 )  # fmt: skip
-            for job in chosen:  # only now: one that waits for another of them is cancelled, and not dead
+            for job in chosen:  # last, so that a selected job that waits for another becomes cancelled and not dead
                 if job.state in WAITING:
                     self._jobs.fail_dependents(job._replace(state=State.CANCELLED), now)
         return chosen
 
     def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
-        """Change fields of waiting jobs; the ids."""
+        """Change fields of waiting jobs, and return their ids."""
         values = _as_columns(spec)
         columns = ", ".join(f"{name} = :{name}" for name in values)
-        if "run_at" in values:  # taken back, it leaves a backoff as it is
+        if "run_at" in values:  # clearing it keeps a backoff that is running
             values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
             columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
         with self._db.writing():
@@ -2391,12 +2589,12 @@ class Changes:
         return [job.id for job in chosen]
 
     def _refuse_overdrawn(self, job: Job) -> None:
-        """QueueError for a job that would have failed more often than it may, and so be dead."""
+        """Raise QueueError for a job that has already used more attempts than it would be allowed."""
         if job.attempts > settings_for(job, self._config.settings()).max_retries:
             raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
 
     def retry_dead(self, which: Selection, now: int) -> list[str]:
-        """Dead jobs back to `pending` with no attempts made, and with them what died because of them.
+        """Return dead jobs, and those that died because of them, to `pending` with no attempts made.
 
         One whose parent can still not complete, or whose key is taken, stays dead; QueueError where it was named.
         """
@@ -2415,14 +2613,19 @@ class Changes:
     def _why_still_dead(self, job: Job) -> str:
         if self._queries.key_holder(job.key):
             return f"job {job.id} cannot be retried: another of key {job.key!r} has not ended"
-        return f"job {job.id} {job.error}: it cannot be retried before that"
+        obstacles = WaitReasons([], False, None, 0, [], self._queries.revival(job))
+        return f"job {job.id} {job.error}: it cannot be retried before that; first: {remedy_of_dead(job, obstacles)}"
 
     def _revive(self, job: Job, now: int) -> None:
-        """A dead job and what died because of it, as far as their keys are free and their parents there."""
+        """Return a dead job and its dead descendants to `pending`, if their keys are free and their parents exist.
+
+        What died of a job that had died of this one is among them: a job can be enqueued after a dead one.
+        """
         rows = self._db.all(
             """WITH RECURSIVE below(seq) AS (SELECT :seq
-                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
-            SELECT seq FROM jobs WHERE seq IN below AND (seq = :seq OR failed_parent = :seq) ORDER BY seq""",
+                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq
+                    JOIN jobs ON jobs.seq = child WHERE failed_parent IS NOT NULL)
+            SELECT seq FROM jobs WHERE seq IN below AND (seq = :seq OR failed_parent IN below) ORDER BY seq""",
             seq=job.seq,
         )
         for row in rows:
@@ -2439,7 +2642,7 @@ class Changes:
             )  # fmt: skip
 
     def _hopeless_parents(self) -> list[Job]:
-        """Jobs that will never complete while others wait for them."""
+        """Return the dead and cancelled jobs that others wait for."""
         rows = self._db.all(
             f"""{_SELECT} WHERE {IS_HOPELESS} AND seq IN (
                 SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
@@ -2448,7 +2651,7 @@ class Changes:
         return [readable_job(row) for row in rows]
 
     def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
-        """Remove jobs that ended before a moment, a batch at a time; the ids of each batch.
+        """Remove jobs that ended before a moment, and yield the ids of each batch.
 
         The transactions are so small, and so far apart, that no worker waits for long, nor for the disk: a power
         cut may bring the newest of them back.
@@ -2462,7 +2665,7 @@ class Changes:
                 time.sleep(0 if dry_run else PRUNE_PAUSE_S)
         self._db.wait_for_disk(True)
         if not dry_run:
-            with self._db.writing():
+            with contextlib.suppress(StoreError), self._db.writing():  # rows that count 0 are harmless
                 self._db.run("DELETE FROM counts WHERE n = 0")
 
     def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
@@ -2477,14 +2680,14 @@ class Changes:
         return rows
 
     def purge_dead(self, which: Selection) -> list[str]:
-        """Remove dead jobs for good; the ids, whose logs are to be removed."""
+        """Remove dead jobs, and return their ids. The caller removes their logs."""
         with self._db.writing():
             chosen = self._queries.choose(which, [State.DEAD], "purged")
             self._remove([job.seq for job in chosen])
         return [job.id for job in chosen]
 
     def _remove(self, seqs: Sequence[int]) -> None:
-        """Remove jobs, but keep what they have added to the tallies: those never go down."""
+        """Remove jobs, and keep their contribution to the tallies, which never decrease."""
         for name, value in self._queries.tallies_of(seqs).items():
             self._db.run(
                 "INSERT INTO removed_tallies VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
@@ -2495,7 +2698,7 @@ class Changes:
 
 
 class Workers:
-    """The workers that are registered, and what they are told."""
+    """The registered workers, and the requests to them."""
 
     def __init__(self, db: Database, jobs: Jobs) -> None:
         self._db, self._jobs = db, jobs
@@ -2504,7 +2707,7 @@ class Workers:
         self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
         open_signs: Callable[[int], _Result], is_alive: Callable[[WorkerRow], bool], process: str | None = None,
     ) -> tuple[WorkerRow, _Result]:  # fmt: skip
-        """A new worker's row, with the lowest free slot, and its signs of life, there before others see the row."""
+        """Register a worker with the lowest free slot. Its signs of life are there before any process can see its row."""
         with self._db.writing():
             taken = {row.slot for row in self.all() if is_alive(row)}
             slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
@@ -2518,12 +2721,12 @@ class Workers:
             return next(worker for worker in self.all() if worker.id == row[0]), signs
 
     def unregister(self, worker: int) -> None:
-        """A worker has left, or what it left behind has been put in order."""
+        """Remove the row of a worker that has left, or that was recovered."""
         with self._db.writing():
             self._db.run("DELETE FROM workers WHERE id = :worker", worker=worker)
 
     def all(self) -> list[WorkerRow]:
-        """Every registered worker, dead ones included: only the platform can tell."""
+        """Return all registered workers. Only the platform can tell which of them live."""
         rows = self._db.all(
             """SELECT workers.id, pid, host, slot, queues, drain, stop, workers.started_at, busy.id, process, leftovers
                 FROM workers
@@ -2533,7 +2736,7 @@ class Workers:
         return [worker_from_row(row) for row in rows]
 
     def ids(self) -> list[int]:
-        """Their ids alone."""
+        """Return the ids of all workers."""
         return [row[0] for row in self._db.all("SELECT id FROM workers")]
 
     def ring_below(self, worker: int) -> list[tuple[int, str | None]]:
@@ -2556,13 +2759,13 @@ class Workers:
             )  # fmt: skip
 
     def request_stop(self, workers: Sequence[int], how: str) -> None:
-        """Workers shall leave: `finish` after their job, `now` at once."""
+        """Ask workers to leave: `finish` means after the job, `now` means at once."""
         with self._db.writing():
             for worker in workers:
                 self._db.run("UPDATE workers SET stop = :how WHERE id = :worker", how=how, worker=worker)
 
     def stop_request(self, worker: int, job: Job | None) -> StopRequest:
-        """What a worker is to know now."""
+        """Return the current requests to a worker."""
         row = self._db.one("SELECT stop FROM workers WHERE id = :worker", worker=worker)
         if not row:
             return StopRequest(registered=False)
@@ -2576,7 +2779,7 @@ class Queues:
         self._db = db
 
     def all(self) -> list[QueueRow]:
-        """The default queue, and every other that holds a job, is paused or has a limit."""
+        """Return the default queue, and all that hold a job, are paused or have a limit."""
         rows = self._db.all(
             """SELECT names.queue, coalesce(paused, 0), max_running FROM
                 (SELECT 'default' AS queue UNION SELECT queue FROM counts WHERE n > 0 UNION SELECT name FROM queues)
@@ -2595,11 +2798,11 @@ class Queues:
         ]  # fmt: skip
 
     def ready(self) -> list[str]:
-        """The queues in which a job waits for nothing but a worker."""
+        """Return the queues that have a claimable job."""
         return [row[0] for row in self._db.all("SELECT queue FROM claimable")]
 
     def could_run(self, queues: Sequence[str] | None) -> bool:
-        """Is anything left for a worker: running, ready or due later, and neither held, blocked nor paused?"""
+        """Tell whether a job runs, or waits and is neither held, blocked nor in a paused queue."""
         row = self._db.one(
             f"""SELECT 1 FROM jobs WHERE (state = 'processing'
                 OR ({IS_WAITING} AND hold = 0 AND blockers = 0
@@ -2610,11 +2813,11 @@ class Queues:
         return row is not None
 
     def set_paused(self, names: Sequence[str], paused: bool) -> None:
-        """Start nothing new in these queues, or go on."""
+        """Pause or resume queues."""
         self._set("paused", names, int(paused))
 
     def set_limit(self, name: str, max_running: int | None) -> None:
-        """Let at most so many jobs of a queue run at once."""
+        """Limit how many jobs of a queue run at once. None removes the limit."""
         self._set("max_running", [name], max_running)
 
     def _set(self, column: str, names: Sequence[str], value: int | None) -> None:
@@ -2632,11 +2835,11 @@ class Upkeep:
         self._db, self._jobs, self._config = db, jobs, config
 
     def damage(self) -> list[str]:
-        """What is wrong with the file of the database; nothing where it is whole."""
+        """Return what is wrong with the database file; nothing if it is sound."""
         return self._db.damage()
 
     def miscounts(self) -> list[str]:
-        """Where counters and links disagree with the rows that they are about."""
+        """Return where counters and links disagree with the rows that they describe."""
         counts = self._db.all(
             """SELECT queue, state, sum(n) FROM (
                 SELECT queue, state, count(*) AS n FROM jobs GROUP BY queue, state
@@ -2649,10 +2852,11 @@ class Upkeep:
         ownerless = self._db.all(
             "SELECT id FROM jobs WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)"
         )
+        mend = "mend it: queuectl doctor --repair"
         return (
-            [f"the count of {state} jobs in queue {queue} is off by {n}" for queue, state, n in counts]
-            + [f"job {id} waits for a wrong number of parents" for (id,) in blocked]
-            + [f"job {id} is processing with a worker that does not exist" for (id,) in ownerless]
+            [f"the count of {state} jobs in queue {queue} is off by {n}; {mend}" for queue, state, n in counts]
+            + [f"job {id} waits for a wrong number of parents; {mend}" for (id,) in blocked]
+            + [f"job {id} is processing with a worker that does not exist; {mend}" for (id,) in ownerless]
             + [f"job {id}: {error}; remove it: queuectl dlq purge {id}" for _, id, _, error in self.damaged_rows()]
             + [f"config {key} is damaged, its default holds: queuectl config unset {key}"
                for key in self._config.damaged_keys()]
@@ -2667,7 +2871,7 @@ class Upkeep:
                 yield row[0], readable_job(row).id, readable_job(row).state, str(error)
 
     def repair(self, now: int) -> None:
-        """Make counters and links anew from the rows, and the indexes from the tables; damaged jobs are dead."""
+        """Rebuild counters and links from the rows, and indexes from the tables. Damaged jobs become dead."""
         with self._db.writing():
             self._db.run("REINDEX")
             for seq, _, state, error in list(self.damaged_rows()):
@@ -2679,7 +2883,7 @@ class Upkeep:
                 """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
                     ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
             )
-            self._db.run(  # a worker that is not alive: the next that is will see to what it left
+            self._db.run(  # the row of a dead worker, which the next live one recovers
                 """INSERT INTO workers (id, pid, host, slot, started_at)
                     SELECT DISTINCT worker, 0, '', 0, :now FROM jobs
                     WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)""",
@@ -2772,12 +2976,12 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection."""
         self.db.close()
 
 
 def open_store(path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bool = True) -> Store:
-    """The store of the database at a path, which is made or brought up where it has to be."""
+    """Open the store of the database at a path, and create or migrate the database if necessary."""
     return Store(Database(path, busy_timeout_s, durable=durable))
 
 
@@ -2905,6 +3109,15 @@ def remove_log(path: str) -> None:
     remove_file(earlier_output(path))
 
 
+OWN_DIRECTORY = "set QUEUECTL_HOME to a directory of your own"
+
+
+def is_for_a_queue(directory: str) -> bool:
+    """Does a directory hold a queue, or nothing? Otherwise its modes are not ours to speak of."""
+    names = os.listdir(directory)
+    return not names or os.path.basename(Home(directory).database) in names
+
+
 # What follows exists twice, once for Windows and once for POSIX, by the same names, parameters and order:
 #
 #   files
@@ -2928,6 +3141,9 @@ def remove_log(path: str) -> None:
 #   processes
 #     exit_status          an exit code as this system takes it from a program
 #     Process              a command and all that it starts
+#     refuse_too_long      refuse a command or an environment that no process can be given here
+#     program_problem      why a file that is there cannot be run
+#     is_shell_word        does only a shell know a word?
 #     Leftovers            what a dead worker's attempt left running
 #     memory_kills         how many processes the system has ended for want of memory; 0 on Windows
 #   worker processes
@@ -2975,8 +3191,9 @@ if sys.platform == "win32":
         for rights in _EVERYBODY.findall(_access_list(directory)):
             bits = int(rights, 16) if rights.startswith("0x") else 0
             if bits & _WRITING_BITS or _WRITING.match(rights):
-                close_it = f'icacls "{directory}" /inheritance:r /grant:r "{us}"'
-                raise QueueError(f"{directory} can be written to by others; run: {close_it}")
+                close_it = f'run: icacls "{directory}" /inheritance:r /grant:r "{us}"'
+                help = close_it if is_for_a_queue(directory) else OWN_DIRECTORY
+                raise QueueError(f"{directory} can be written to by others; {help}")
 
     def _keep_for(us: str, directory: str) -> None:
         """Take a directory from everybody but us and the system, where that works."""
@@ -3318,6 +3535,38 @@ if sys.platform == "win32":
                     return path
         return word
 
+    _MOST_CHARACTERS, _MOST_FOR_CMD = 32_766, 8_191  # of a command line or a variable; of a line for cmd.exe
+    _SHELL_WORDS = re.compile(
+        "assoc|break|call|cd|chdir|cls|copy|date|del|dir|echo|endlocal|erase|for|ftype|goto|if|md|mkdir|mklink|move|"
+        "path|pause|popd|prompt|pushd|rd|rem|ren|rename|rmdir|set|setlocal|shift|start|time|title|type|ver|verify|vol"
+    )
+
+    def refuse_too_long(command: str | list[str], env: Mapping[str, str]) -> None:
+        """BadInput where Windows could not start such a command, or not give it such an environment."""
+        line = command if isinstance(command, str) else subprocess.list2cmdline(command)
+        most = _MOST_FOR_CMD if isinstance(command, str) else _MOST_CHARACTERS
+        if len(line) > most:
+            raise BadInput(f"field 'command' is {len(line)} characters long, and Windows takes {most}; use a script")
+        for name, value in env.items():
+            if len(name) + 1 + len(value) > _MOST_CHARACTERS:
+                raise BadInput(
+                    f"field 'env': {name} has more than the {_MOST_CHARACTERS} characters that Windows takes"
+                )
+
+    def program_problem(word: str, cwd: str, path: str) -> str | None:
+        """Why a file that is there cannot be run; None where there is none, or nothing is wrong with it."""
+        file = _program(word, cwd, {"PATH": path, "PATHEXT": os.environ.get("PATHEXT", "")})
+        file = os.path.join(cwd, file)
+        if os.path.isdir(file):
+            return "it is a directory"
+        if not os.path.isfile(file) or file.lower().endswith((".com", ".exe", ".bat", ".cmd")):
+            return None
+        return f"Windows cannot run such a file; name first what can, as in: python {word}"
+
+    def is_shell_word(word: str) -> bool:
+        """Does only cmd.exe know a word?"""
+        return bool(_SHELL_WORDS.fullmatch(word.lower()))
+
     class Leftovers:
         """What a dead worker's attempt left running: the system ends it with the worker, here we wait until it has."""
 
@@ -3384,9 +3633,11 @@ else:
         """QueueError where somebody else can write to a directory, as ssh does."""
         found = os.stat(directory)
         if found.st_uid not in (0, os.geteuid()):
-            raise QueueError(f"{directory} belongs to another user; set QUEUECTL_HOME to a directory of your own")
+            raise QueueError(f"{directory} belongs to another user; {OWN_DIRECTORY}")
         if found.st_mode & 0o022:
-            raise QueueError(f"{directory} can be written to by others; run: chmod go-w {directory}")
+            is_ours = found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX and is_for_a_queue(directory)
+            help = f"run: {command_line(['chmod', 'go-w', directory])}" if is_ours else OWN_DIRECTORY
+            raise QueueError(f"{directory} can be written to by others; {help}")
 
     def is_open_to_others(path: str) -> bool:
         """Can anybody but the owner read or write it?"""
@@ -4000,6 +4251,66 @@ else:
 
         return shutil.which(word, path=path) or word
 
+    # execve(2): MAX_ARG_STRLEN, which only Linux has; and what each string costs besides its bytes.
+    _MOST_IN_A_STRING = 32 * os.sysconf("SC_PAGE_SIZE") - 1 if _HAS_PROC else sys.maxsize
+    _STRING_COST, _FEW_BYTES = 9, 100_000
+    _SHELL_WORDS = re.compile(
+        r"[.:{!(]|alias|bg|break|case|cd|command|continue|eval|exec|exit|export|fg|for|getopts|hash|if|jobs|local|read|"
+        "readonly|return|set|shift|times|trap|type|ulimit|umask|unalias|unset|until|wait|while"
+    )
+
+    def refuse_too_long(command: str | list[str], env: Mapping[str, str]) -> None:
+        """BadInput where this system could not start such a command, or not give it such an environment."""
+        words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
+        variables = [f"{name}={value}" for name, value in env.items()]
+        strings = words + variables
+        if 4 * sum(map(len, strings)) + _STRING_COST * len(strings) < _FEW_BYTES:  # UTF-8 takes 4 at the most
+            return
+        for field, given in (("command", words), ("env", variables)):
+            longest = max((len(string.encode()) for string in given), default=0)
+            if longest > _MOST_IN_A_STRING:
+                more = f"{longest} bytes in one string, and this system takes {_MOST_IN_A_STRING}; put it in a file"
+                raise BadInput(f"field {field!r} has {more}")
+        here = [f"{name}={value}" for name, value in os.environ.items() if name not in env]
+        total, most = sum(len(os.fsencode(s)) + _STRING_COST for s in strings + here), os.sysconf("SC_ARG_MAX")
+        if 0 < most < total:
+            more = f"{total} bytes with the environment, and this system takes {most}; put them in a file"
+            raise BadInput(f"fields 'command' and 'env' have {more}")
+
+    def program_problem(word: str, cwd: str, path: str) -> str | None:
+        """Why a file that is there cannot be run; None where there is none, or nothing is wrong with it."""
+        file = os.path.join(cwd, _program(word, path))
+        if os.path.isdir(file):
+            return "it is a directory"
+        if not os.path.exists(file):
+            return "it is a link that leads nowhere" if os.path.islink(file) else None
+        if not os.access(file, os.X_OK):
+            return f"it is not executable; run: {command_line(['chmod', '+x', file])}"
+        try:
+            with open(file, "rb") as opened:
+                return _head_problem(opened.read(256), file)
+        except OSError:
+            return None  # it may be run, and not read
+
+    def _head_problem(head: bytes, file: str) -> str | None:
+        """What the first bytes of a program say about why it does not start."""
+        if head.startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"MZ")):
+            return "it is built for another system, or its loader is missing"
+        if not head.startswith(b"#!"):
+            return f"it has no #! line that says what runs it; name that first: {command_line(['sh', file])}"
+        line = os.fsdecode(head[2:].split(b"\n")[0]).strip(" \t")
+        if line.endswith("\r"):
+            mend = f"sed -i.bak 's/\\r$//' {command_line([file])}"
+            return f"its lines end in CR LF, as on Windows, so the system looks for {line!r}; run: {mend}"
+        interpreter = line.split(None, 1)[0] if line else ""
+        if not os.path.exists(interpreter):
+            return f"its interpreter {interpreter!r} does not exist"
+        return None if os.access(interpreter, os.X_OK) else f"its interpreter {interpreter!r} is not executable"
+
+    def is_shell_word(word: str) -> bool:
+        """Does only a shell know a word?"""
+        return bool(_SHELL_WORDS.fullmatch(word))
+
     class Leftovers:
         """What a dead worker's attempt left running.
 
@@ -4107,8 +4418,9 @@ else:
 
 def open_home() -> Home:
     """The home that QUEUECTL_HOME names, made for its owner alone where it is missing."""
-    home = Home(os.path.realpath(os.environ.get("QUEUECTL_HOME") or os.path.expanduser("~/.queuectl")))
+    given = expanded(os.environ.get("QUEUECTL_HOME") or "~/.queuectl", "set QUEUECTL_HOME to a whole path")
     try:
+        home = Home(os.path.realpath(given))
         if not os.path.isdir(home.path):
             os.makedirs(home.path, 0o700, exist_ok=True)
         refuse_if_shared(home.path)
@@ -4116,8 +4428,32 @@ def open_home() -> Home:
             os.makedirs(folder, 0o700, exist_ok=True)
         make_private_file(home.database)
     except OSError as error:
-        raise QueueError(f"cannot use {home.path} as home: {error.strerror}; set QUEUECTL_HOME to another") from error
+        raise QueueError(f"cannot use {given} as home: {error.strerror}; set QUEUECTL_HOME to another") from error
     return home
+
+
+def expanded(path: str, otherwise: str) -> str:
+    """A path with the `~` at its beginning as a shell reads it; BadInput where no home directory is known."""
+    whose = path.partition("/")[0].partition(os.sep)[0]
+    if not whose.startswith("~"):
+        return path
+    found = os.path.expanduser(path)
+    if not os.path.isabs(found) or (whose == "~" and os.environ.get("HOME") == ""):
+        raise BadInput(f"no home directory is known for {whose} in {path!r}; {otherwise}")
+    return found
+
+
+def directory_problem(path: str) -> str | None:
+    """Why no command can start in a directory; None where one can."""
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return "is not a directory" if error.errno == errno.ENOTDIR else f"cannot be entered: {error.strerror}"
+    if not is_directory:
+        return "is not a directory"
+    return None if os.access(path, os.X_OK) else f"cannot be entered: {os.strerror(errno.EACCES)}"
 
 
 def home_problems(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> Iterator[str]:
@@ -4127,12 +4463,12 @@ def home_problems(home: Home, has_job: Callable[[str], bool], workers: Callable[
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
             yield f"{shown} cannot be read and written"
         elif os.path.exists(path) and is_open_to_others(path):
-            yield f"{shown} can be read by others; run: chmod go= {shown}"
+            yield f"{shown} can be read by others; run: {command_line(['chmod', 'go=', shown])}"
     if is_remote(home.path):
         yield f"{printable(home.path)} is on a network file system, which cannot hold a WAL database; use a local one"
     stray = stray_logs(home, has_job, workers)
     if stray:
-        yield f"{len(stray)} logs belong to no job, {printable(stray[0])} among them"
+        yield f"{len(stray)} logs belong to no job, {printable(stray[0])} among them; mend it: queuectl doctor --repair"
 
 
 def stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> list[str]:
@@ -4287,6 +4623,11 @@ def silence_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def is_reader_gone(error: OSError) -> bool:
+    """Has whoever read our output seen enough? Windows says EINVAL then."""
+    return error.errno in (errno.EPIPE, errno.EINVAL)
+
+
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
     """Exit without taking the interpreter apart: a tenth of the time that a short command takes."""
@@ -4305,14 +4646,14 @@ def leaving_at_once() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
         except OSError as error:  # whoever read it may just have seen enough
-            code = code or int(error.errno not in (errno.EPIPE, errno.EINVAL))
+            code = code or int(not is_reader_gone(error))
         os._exit(exit_status(code))
 
 
 def here(directory: str = "") -> str:
-    """A directory as seen from where we are."""
+    """A directory as seen from where we are, `~` expanded."""
     try:
-        return os.path.abspath(directory or os.curdir)
+        return os.path.abspath(expanded(directory, "give the whole path") or os.curdir)
     except FileNotFoundError:
         raise QueueError("the current directory is gone; go elsewhere, or give --cwd with a whole path") from None
 
@@ -4756,25 +5097,53 @@ def describe(exit: Exit) -> str | None:
     return f"exit code {exit.exit_code}" if exit.exit_code else None
 
 
-def start_failure(error: OSError | ValueError, job: Job) -> Outcome:
-    """The outcome of a command that could not be started, with the exit code that shells give."""
-    if not os.path.isdir(job.cwd):
-        return Outcome(EndReason.NOT_STARTED, None, error=f"its directory {job.cwd} is gone")
-    program = job.command[0] if isinstance(job.command, list) else "the shell"
-    missing = isinstance(error, FileNotFoundError)
-    reason = "no such program" if missing else getattr(error, "strerror", None) or str(error)
-    code = EX_NOT_FOUND if missing else EX_NOT_EXECUTABLE
+def start_failure(error: OSError | ValueError, job: Job, path: str) -> Outcome:
+    """The outcome of a command that could not be started by that PATH, with the exit code that shells give."""
+    if problem := directory_problem(job.cwd):
+        return Outcome(EndReason.NOT_STARTED, None, error=f"its directory {job.cwd} {problem}")
+    is_missing = isinstance(error, FileNotFoundError)
+    code = EX_NOT_FOUND if is_missing else EX_NOT_EXECUTABLE
+    reason: str | None = getattr(error, "strerror", None) or str(error)
+    if isinstance(job.command, str):
+        return Outcome(EndReason.NOT_STARTED, code, error=f"cannot start the shell: {reason}")
+    program = job.command[0]
+    if getattr(error, "errno", None) == errno.E2BIG:
+        reason = "its arguments and its environment are longer than this system takes"
+    elif problem := program_problem(program, job.cwd, path):
+        reason = problem
+    elif is_missing:
+        reason = why_not_found(job.command)
     return Outcome(EndReason.NOT_STARTED, code, error=f"cannot start {program}: {reason}")
 
 
-def quoting_hint(job: Job, end: EndReason, exit: Exit) -> str | None:
-    """What to do where the shell took apart a line that is the path of a program; None where that was not so."""
+def why_not_found(words: Sequence[str]) -> str:
+    """What to say of a program that is nowhere, and which is perhaps something that only a shell knows."""
+    one_word = f"queuectl enqueue -- {command_line([command_line(list(words))])}"
+    if re.match(r"[A-Za-z_]\w*=", words[0]):
+        return f"only a shell sets variables so; for the shell give the line as one word: {one_word}"
+    if is_shell_word(words[0]):
+        return f"only a shell knows it; for the shell give the line as one word: {one_word}"
+    if "/" in words[0] or os.sep in words[0]:
+        return "no such file"
+    if len(words) == 1:
+        return "no such program in its PATH"
+    return f"no such program in its PATH; if it is for the shell (aliases are not known), in one word: {one_word}"
+
+
+def shell_hint(job: Job, end: EndReason, exit: Exit, env: Mapping[str, str]) -> str | None:
+    """What a shell that failed did not say of its line: the path of a program with blanks, or a script that cannot run.
+
+    None where neither is so.
+    """
     line = job.command
-    if end is not EndReason.EXITED or not exit.exit_code or not isinstance(line, str) or " " not in line.strip():
+    if end is not EndReason.EXITED or not exit.exit_code or not isinstance(line, str):
         return None
     path = os.path.join(job.cwd, line.strip())
-    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
-        return None
+    if " " not in line.strip() or not (os.path.isfile(path) and os.access(path, os.X_OK)):
+        has_begun = exit.exit_code not in (EX_NOT_FOUND, EX_NOT_EXECUTABLE)
+        word = next(iter(line.split()), "")
+        problem = None if has_begun else program_problem(word, job.cwd, env.get("PATH", os.defpath))
+        return problem and f"cannot start {word}: {problem}"
     as_list = json.dumps({"command": [line.strip()]}, ensure_ascii=False)
     return f"the shell took the path of a program apart at its blanks: quote it once more, or enqueue {as_list}"
 
@@ -4802,7 +5171,7 @@ def run_attempt(
         process = Process(job.command, job.cwd, env, log.at, run_tag)
     except (OSError, ValueError) as error:
         log.close()
-        return start_failure(error, job)
+        return start_failure(error, job, env.get("PATH", os.defpath))
     try:
         supervision.started(process.command)
         end, exit = _watch(process, log, settings, supervision)
@@ -4810,7 +5179,7 @@ def run_attempt(
         process.close()
         log_end = log.close()
     why = _error_of(end, exit, job.ok_codes, settings)
-    wrong = "; ".join(filter(None, (why, why and quoting_hint(job, end, exit), log.trouble)))
+    wrong = "; ".join(filter(None, (why, why and shell_hint(job, end, exit, env), log.trouble)))
     return Outcome(end, exit.exit_code if end is EndReason.EXITED else None, exit.signal, wrong or None,
                    exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
 
@@ -4819,8 +5188,7 @@ def _error_of(end: EndReason, exit: Exit, ok_codes: Sequence[int] | None, settin
     if end is EndReason.EXITED:
         return None if exit.exit_code in (ok_codes or ()) else describe(exit)
     if end is EndReason.TIMED_OUT:
-        limit = f"{settings.job_timeout:g} s"
-        return f"timed out after {limit}; raise it with --timeout, or for all with `queuectl config set job_timeout`"
+        return f"timed out after {settings.job_timeout:g} s"  # how to raise it is said by `show` and `status`
     return "cancelled" if end is EndReason.CANCELLED else "given back: its worker was told to leave"
 
 
@@ -5365,18 +5733,23 @@ def open_worker_log(home: Home, row: WorkerRow, echo: bool) -> Callable[[str], N
     return lambda text: write(printable(text))
 
 
-def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) -> list[int]:
-    """Start detached workers; their ids, once all are up. QueueError where one could not start."""
+def start_workers(home: Home, count: int, queues: Sequence[str], drain: bool) -> tuple[list[int], QueueError | None]:
+    """Start detached workers; the ids of those that are up, and what is wrong where some are not."""
     arguments = ["worker", "start", "--foreground"] + [w for q in queues for w in ("--queue", q)]
     arguments += ["--drain"] * drain
-    voices = [start_detached(home, arguments, lambda: serve_or_echo(home, queues, drain)) for _ in range(count)]
+    voices: list[TextIO] = []
+    refusal = ""
+    try:
+        for _ in range(count):
+            voices.append(start_detached(home, arguments, lambda: serve_or_echo(home, queues, drain)))
+    except OSError as error:  # the others would fail likewise
+        refusal = f"the system refuses a process: {error.strerror}"
     lines = [voice.readline().strip() for voice in voices]
     started = sorted(int(line.split()[1]) for line in lines if line.startswith("worker "))
-    for line in lines:
-        if not line.startswith("worker "):
-            up = f" ({len(started)} others did)" if started else ""
-            raise QueueError(f"a worker did not start{up}: {line.removeprefix('Error: ') or 'see worker.log'}")
-    return started
+    reasons = {line.removeprefix("Error: ") or "see worker.log" for line in lines if not line.startswith("worker ")}
+    left = count - len(started)
+    why = "; ".join(sorted(reasons) + [refusal] * bool(refusal))
+    return started, QueueError(f"{left} of {number_of(count, 'worker')} did not start: {why}") if left else None
 
 
 def living_workers(home: Home, store: Store) -> list[WorkerRow]:
@@ -5409,15 +5782,66 @@ class WaitReporter:
         return f", process {pid}" if pid else ""
 
 
+def prune_jobs(
+    home: Home, store: Store, states: Sequence[State], before: int, dry_run: bool, echo_err: EchoErr
+) -> tuple[int, QueueError | None]:
+    """Remove jobs that ended before a moment, and their logs; how many, and what stopped that before its end."""
+    removed = 0
+    try:
+        for ids in store.changes.prune(states, before, dry_run=dry_run):
+            removed += len(ids)
+            remove_logs(home, store, () if dry_run else ids)
+    except KeyboardInterrupt:
+        echo_err(f"{number_of(removed, 'job')} removed before it was interrupted")
+        raise
+    except StoreError as error:
+        return removed, QueueError(f"broken off after {number_of(removed, 'job')} removed: {error.reason}")
+    return removed, None
+
+
+@contextlib.contextmanager
+def noting(echo_err: EchoErr, what: str, about: Sequence[Job] = ()) -> Iterator[None]:
+    """What follows a commit cannot undo it: where it fails, that is noted on stderr and fails nothing."""
+    try:
+        yield
+    except (QueueError, OSError) as error:
+        jobs = ", ".join(job.id for job in about)
+        echo_err(f"note: {what}{f' ({jobs})' if jobs else ''}: {error}")
+
+
+def wake_worker(home: Home, store: Store, echo_err: EchoErr) -> None:
+    """Wake a worker after a command has committed; without that, workers find the change at their next poll."""
+    with noting(echo_err, "done, but no worker could be told of it; workers look for themselves"):
+        wake_one(home, store)
+
+
 def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -> list[str]:
-    """Cancel jobs, and wait until the processes of those under way are ended; the ids of those cancelled then."""
+    """Cancel jobs, and wait until the processes of those under way are ended; the ids of those cancelled then.
+
+    A running job that came to another end is named on stderr, and so is one whose end cannot be waited for.
+    """
     chosen = store.changes.cancel(which, now_ms())
-    holders = {job.worker: Recovery(home, store, job.worker or 0) for job in chosen if job.state is State.PROCESSING}
+    running = [job for job in chosen if job.state is State.PROCESSING]
+    ends: dict[int, State] | None = None
+    with noting(echo_err, "their end is not known yet, look at them with `queuectl list`", running):
+        ends = wait_for_cancelled(home, store, running, echo_err)
+    if ends is None:
+        return [job.id for job in chosen if job not in running]
+    for job in running:
+        if ends.get(job.seq) is not State.CANCELLED:
+            now = ends[job.seq].value if job.seq in ends else "removed"
+            echo_err(f"job {job.id} is not cancelled but {now}: it had come to its end")
+    return [job.id for job in chosen if job not in running or ends.get(job.seq) is State.CANCELLED]
+
+
+def wait_for_cancelled(home: Home, store: Store, running: Sequence[Job], echo_err: EchoErr) -> dict[int, State]:
+    """Wait until the attempts of these jobs have been ended; the states of those that are there then, by seq."""
+    holders = {job.worker: Recovery(home, store, job.worker or 0) for job in running}
     for worker in holders:
         ring(home, worker or 0)
     report = WaitReporter(store, home, echo_err)
-    seqs = [job.seq for job in chosen]
-    while store.queries.counts(seqs)[State.PROCESSING]:
+    seqs = [job.seq for job in running]
+    while running and store.queries.counts(seqs)[State.PROCESSING]:
         rows = [row for row in store.workers.all() if row.id in holders]
         if not rows:
             break  # a job whose worker has no row: `doctor` tells of it
@@ -5426,7 +5850,44 @@ def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -
                 holders[row.id].attempt(row.process, store.config.settings(), Clock())
         report({row.id for row in rows})
         time.sleep(WAIT_POLL_S)
-    return [job.id for job in chosen if store.queries.get(job.id).state is State.CANCELLED]
+    return store.queries.states(seqs)
+
+
+class Preparation:
+    """Makes the specs that a command line gives fit for the database, and remembers what will not work."""
+
+    def __init__(self) -> None:
+        self._checked: dict[str, str | None] = {}  # directories, and what is wrong with each
+
+    def __call__(self, spec: Spec) -> Spec:
+        """A spec whose directory is seen from here; BadInput where the system could not run its command."""
+        refuse_too_long(spec.get("command") or [], spec.get("env") or {})
+        if "cwd" not in spec:
+            return spec
+        cwd = check_field("cwd", here(spec["cwd"]))
+        if cwd not in self._checked and len(self._checked) < LIST_ROWS:  # a batch may name any number
+            self._checked[cwd] = directory_problem(cwd)
+        return {**spec, "cwd": cwd}
+
+    def tell(self, echo_err: EchoErr) -> None:
+        """Say what will not work of what is now stored."""
+        for cwd, problem in self._checked.items():
+            if problem:
+                echo_err(f"note: directory {cwd} {problem}: a job that starts there fails")
+
+
+def count_jobs(store: Store, echo_err: EchoErr) -> int | None:
+    """How many jobs there are; None, and a note, where that cannot be read after something was done."""
+    with noting(echo_err, "done, but the jobs could not be counted"):
+        return sum(store.queries.counts().values())
+    return None
+
+
+def hint_at_workers(home: Home, store: Store, echo_err: EchoErr) -> None:
+    """Say that nobody works, where that is so."""
+    with noting(echo_err, "stored, but it cannot be seen whether a worker is running"):
+        if not living_workers(home, store):
+            echo_err("no worker is running; start one: queuectl worker start")
 
 
 def wait_for_jobs(
@@ -5526,8 +5987,11 @@ def overview(home: Home, store: Store) -> Overview:
     rows = store.workers.all()
     alive = [row for row in rows if has_living_process(home, row)]
     lost = sum(row.job is not None for row in rows if row not in alive)
-    timeouts = store.queries.recent_timeouts()
-    return Overview(store.queries.counts(), alive, store.queues.all(), lost, timeouts, stuck_lines(rows))
+    default = store.config.settings().job_timeout
+    by_default, own = store.queries.recent_timeouts(default)
+    counts = store.queries.counts()
+    can_retry = counts[State.DEAD] > 0 and store.queries.can_retry()
+    return Overview(counts, alive, store.queues.all(), lost, by_default, stuck_lines(rows), default, own, can_retry)
 
 
 def reason_of(home: Home, store: Store, job: Job) -> Reason:
@@ -5535,7 +5999,8 @@ def reason_of(home: Home, store: Store, job: Job) -> Reason:
     for row in store.workers.all():
         if row.leftovers and row.job == job.id:
             return leftovers_reason(row.leftovers)
-    [obstacles] = store.queries.wait_reasons([job], living_workers(home, store), store.queues.all())
+    living, queues = living_workers(home, store), store.queues.all()
+    [obstacles] = store.queries.wait_reasons([job], living, queues, store.config.settings())
     return why_not_running(job, obstacles, now_ms())
 
 
@@ -5609,6 +6074,17 @@ def stream_until_done(
     if job.error and (last is None or last.ended_by != EndReason.EXITED.value or last.signal):
         echo_err(f"job {how_ended(job)}")  # its output does not say that
     return exit_code_of(job, last)
+
+
+def stream_stored(
+    home: Home, store: Store, ids: Sequence[str], write: Callable[[bytes], object], echo_err: EchoErr
+) -> int:
+    """The same for jobs that have just been stored; an error says that they are."""
+    try:
+        return stream_until_done(home, store, ids, write, echo_err)
+    except StoreError as error:
+        them = " ".join(ids[:MOST_NAMED])
+        raise QueueError(f"{error}; what was asked for is stored, wait for it: queuectl wait {them}") from error
 
 
 def echo_some(echo_err: EchoErr, line: str | None) -> None:
@@ -5698,8 +6174,8 @@ class Program(click.Group):
         except (click.Abort, KeyboardInterrupt):
             code = EX_INTERRUPTED
         except OSError as error:
-            where = error.filename or "output; what was asked for may be done all the same"
-            code = _fail(f"{error.strerror or error}: {where}", 1)
+            about = [str(name) for name in (error.filename, error.filename2) if name]
+            code = _fail(f"{' and '.join(about) or 'the system'}: {error.strerror or error}", 1)
         except Exception as error:  # what no decoder has caught: most likely something in the database
             code = _fail(f"unexpected {type(error).__name__}: {error}; is the queue well? look: queuectl doctor", 1)
         sys.exit(code or 0)
@@ -5718,11 +6194,19 @@ class Program(click.Group):
         except BrokenPipeError:
             silence_output()
             return 0
+        except StoreUncertain as error:
+            if not ctx.parent:
+                error.effect += f"; look: queuectl {_SHOWN_BY.get(ctx.invoked_subcommand or '', 'list')}"
+            raise
+
+
+_SHOWN_BY = {"queue": "queue list", "config": "config list", "worker": "worker list"}
 
 
 def _fail(text: str, code: int) -> int:
     line = " ".join(text.split())
-    click.echo(f"Error: {printable(line)}", err=True)
+    with contextlib.suppress(OSError):  # the exit code says it too
+        click.echo(f"Error: {printable(line)}", err=True)
     return code
 
 
@@ -5760,30 +6244,53 @@ def with_store(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(**options: Any) -> Any:
-        home = open_home()
-        with open_store(home.database) as store:
+        with opened() as (home, store):
             return command(home, store, **options)
 
     return run
 
 
-def echo(lines: Iterable[str]) -> None:
-    """Print lines, coloured where a person looks and has not said NO_COLOR."""
-    for line in lines:
-        click.echo(line, color=wants_colour())
+@contextlib.contextmanager
+def opened() -> Iterator[tuple[Home, Store]]:
+    """The home and its store. An error of the output says what was stored before."""
+    home = open_home()
+    with open_store(home.database) as store:
+        try:
+            yield home, store
+        except OutputFailed as error:
+            error.effect = "what was asked for is done" if store.db.commits else ""
+            raise
 
 
-def echo_json(document: Any) -> None:
+class OutputFailed(QueueError):
+    """Standard output takes no more, and not because its reader has seen enough."""
+
+
+def put_out(write: Callable[[], object]) -> bool:
+    """Write to standard output; False, and silent from then on, once nobody reads it any more."""
+    try:
+        write()
+    except OSError as error:
+        if not is_reader_gone(error):
+            raise OutputFailed(f"cannot write the output: {error.strerror}") from error
+        silence_output()
+        return False
+    return True
+
+
+def echo(lines: Iterable[str]) -> bool:
+    """Print lines, coloured where a person looks and has not said NO_COLOR; False once nobody reads them."""
+    return all(put_out(functools.partial(click.echo, line, color=wants_colour())) for line in lines)
+
+
+def echo_json(document: Any) -> bool:
     """Print one JSON document."""
-    click.echo(json.dumps(document))
+    return put_out(functools.partial(click.echo, json.dumps(document)))
 
 
-def answer(as_json: bool, document: Any, lines: Iterable[str]) -> None:
-    """Print the document for a program, or the lines for a person."""
-    if as_json:
-        echo_json(document)
-    else:
-        echo(lines)
+def answer(as_json: bool, document: Any, lines: Iterable[str]) -> bool:
+    """Print the document for a program, or the lines for a person; False once nobody reads them."""
+    return echo_json(document) if as_json else echo(lines)
 
 
 def refuse_both(one: str | bool, other: str | bool) -> None:
@@ -5947,21 +6454,23 @@ def enqueue_command(
     """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -."""
     options["env"] = with_values(options["env"])
     now = now_ms()
-    specs = specs_given(job, click.get_current_context().meta.get("typed"), file, parse_options(options), now)
-    home = open_home()
-    with open_store(home.database) as store:
+    prepared = Preparation()
+    typed = click.get_current_context().meta.get("typed")
+    specs = specs_given(job, typed, file, parse_options(options), now, prepared)
+    with opened() as (home, store):
         with counting(specs) as counted:
             stored = store.jobs.enqueue(counted, now, skip_existing=skip_existing)
-        wake_one(home, store)
+        wake_worker(home, store, echo_err)
         jobs = list(stored) if as_json or wait else stored
         if as_json:
             echo_json([{"id": id, "created": created} for id, created in jobs])
         else:
             echo(id for id, _ in jobs)
-        if not wait and sys.stderr.isatty() and not living_workers(home, store):
-            echo_err("no worker is running; start one: queuectl worker start")
-        write = (lambda _: None) if as_json else write_out
-        return stream_until_done(home, store, [id for id, _ in jobs], write, echo_err) if wait else 0
+        prepared.tell(echo_err)
+        if not wait and sys.stderr.isatty():
+            hint_at_workers(home, store, echo_err)
+        write = (lambda _: None) if as_json else write_or_go_on
+        return stream_stored(home, store, [id for id, _ in jobs], write, echo_err) if wait else 0
 
 
 @contextlib.contextmanager
@@ -5979,24 +6488,39 @@ def counting(specs: Iterable[tuple[str, Spec]]) -> Iterator[Iterable[tuple[str, 
         yield bar
 
 
+def write_or_go_on(block: bytes) -> bool:
+    """Bytes to standard output, at once; False, and silent from then on, once nobody reads them."""
+
+    def write() -> None:
+        sys.stdout.buffer.write(block)
+        sys.stdout.buffer.flush()
+
+    return put_out(write)
+
+
 def write_out(block: bytes) -> None:
-    """Bytes to standard output, at once."""
-    sys.stdout.buffer.write(block)
-    sys.stdout.buffer.flush()
+    """The same for a command that has nothing else to do: it ends once nobody reads them."""
+    if not write_or_go_on(block):
+        raise BrokenPipeError
 
 
 def specs_given(
-    words: Sequence[str], typed: Sequence[str] | None, file: Any, fields: dict[str, Any], now: int
+    words: Sequence[str],
+    typed: Sequence[str] | None,
+    file: Any,
+    fields: dict[str, Any],
+    now: int,
+    prepared: Preparation,
 ) -> Iterable[tuple[str, Spec]]:
     """The jobs that an `enqueue` names, in whichever of its forms."""
-    fields = {"cwd": here(), **fields}
+    fields = {"cwd": ".", **fields}
     if typed and not words and not file:
-        return [("", with_absolute_cwd(check_job({**fields, "command": as_typed(typed)}, now)))]
+        return [("", prepared(check_job({**fields, "command": as_typed(typed)}, now)))]
     if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
         batch = read_batch(file or sys.stdin.buffer, now, fields)
-        return ((where, with_absolute_cwd(spec)) for where, spec in batch)
+        return prepared_batch(batch, prepared)
     if len(words) == 1 and not file and typed is None and words[0].lstrip()[:1] in ("{", "["):
-        return [("", with_absolute_cwd(check_job(parse_job(words[0]), now, fields)))]
+        return [("", prepared(check_job(parse_job(words[0]), now, fields)))]
     if any(word.lstrip().startswith("{") or ":" in word for word in words):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
     raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
@@ -6007,9 +6531,13 @@ def as_typed(words: Sequence[str]) -> str | list[str]:
     return words[0] if len(words) == 1 else list(words)
 
 
-def with_absolute_cwd(spec: Spec) -> Spec:
-    """A spec whose directory is seen from here."""
-    return {**spec, "cwd": check_field("cwd", here(spec["cwd"]))}
+def prepared_batch(batch: Iterable[tuple[str, Spec]], prepared: Preparation) -> Iterator[tuple[str, Spec]]:
+    """The specs of a batch, prepared; BadInput names the line."""
+    for where, spec in batch:
+        try:
+            yield where, prepared(spec)
+        except BadInput as error:
+            raise BadInput(f"{where}{error}") from None
 
 
 @cli.group("worker")
@@ -6034,8 +6562,16 @@ def worker_start_command(count: int, queues: Sequence[str], foreground: bool, dr
     if foreground:
         refuse_several(count)
         return serve(home, queues, drain, echo=True)
-    started = start_workers(home, count, queues, drain)
-    answer(as_json, [{"id": worker} for worker in started], (f"worker {worker} started" for worker in started))
+    started, failure = start_workers(home, count, queues, drain)
+    if started or not failure:
+        answer(as_json, [{"id": worker} for worker in started], (f"worker {worker} started" for worker in started))
+    raise_some(failure)
+
+
+def raise_some(error: QueueError | None) -> None:
+    """Raise an error where there is one, once what was done is printed."""
+    if error:
+        raise error
 
 
 def check_queues(queues: Sequence[str]) -> None:
@@ -6061,10 +6597,10 @@ def worker_stop_command(home: Home, store: Store, now: bool, timeout: str | None
     is_watched = sys.stderr.isatty() and not now
     busy = [row.job for row in living_workers(home, store) if row.job] if is_watched else []
     if busy:
-        echo_err(f"workers leave when their jobs have ended, {busy[0]} among them; to end those: worker stop --now")
+        echo_err(f"workers leave when their jobs have ended, {busy[0]} among them; at once: queuectl worker stop --now")
     told, left = stop_workers(home, store, "now" if now else "finish", timeout_s, echo_err)
     if left:
-        raise QueueError(f"{len(left)} of {len(told)} workers are still there; to end their jobs: worker stop --now")
+        raise QueueError(f"{len(left)} of {len(told)} workers are still there; at once: queuectl worker stop --now")
     answer(as_json, [{"id": worker} for worker in told], [f"{number_of(len(told), 'worker')} stopped"])
     return 0
 
@@ -6088,16 +6624,15 @@ def status_command(home: Home, store: Store, watch: bool, as_json: bool) -> None
     """Show how many jobs are where, and what stands in the way."""
     refuse_both(watch and "--watch", as_json and "--json")
     if watch:
-        watch_status(home, store)
+        return watch_status(home, store)
     seen = overview(home, store)
     answer(as_json, status_json(seen), status_lines(seen))
 
 
-def watch_status(home: Home, store: Store) -> NoReturn:
-    """Draw the status every second until Ctrl-C."""
+def watch_status(home: Home, store: Store) -> None:
+    """Draw the status every second until Ctrl-C, or until nobody looks."""
     with screen() as draw:
-        while True:
-            draw(status_lines(overview(home, store)))
+        while draw(status_lines(overview(home, store))):
             time.sleep(1)
 
 
@@ -6107,7 +6642,7 @@ _TO_TOP, _ERASE_REST_OF_LINE, _ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 @contextlib.contextmanager
-def screen() -> Iterator[Callable[[Iterable[str]], None]]:
+def screen() -> Iterator[Callable[[Iterable[str]], bool]]:
     """What draws lines in the place of those before; the terminal's scroll-back stays as it is.
 
     Where output goes elsewhere, lines are printed below those before, and nothing drives a terminal.
@@ -6122,11 +6657,11 @@ def screen() -> Iterator[Callable[[Iterable[str]], None]]:
         click.echo(_LEAVE_SCREEN, nl=False, color=True)
 
 
-def draw(lines: Iterable[str]) -> None:
-    """Draw lines from the top of the screen, as many as it holds, in one write."""
+def draw(lines: Iterable[str]) -> bool:
+    """Draw lines from the top of the screen, as many as it holds, in one write; False once nobody looks."""
     shown = [line if wants_colour() is None else click.unstyle(line) for line in lines][: terminal_rows()]
     text = "\n".join(line + _ERASE_REST_OF_LINE for line in shown)
-    click.echo(_TO_TOP + text + _ERASE_BELOW, nl=False, color=True)
+    return put_out(lambda: click.echo(_TO_TOP + text + _ERASE_BELOW, nl=False, color=True))
 
 
 @cli.command("list")
@@ -6150,7 +6685,8 @@ def show_jobs(home: Home, store: Store, where: Selection, states: Sequence[str],
         echo_json([job_json(job) for job in store.queries.jobs(where, states, limit, sort)])
         return
     jobs = store.queries.jobs(where, states, LIST_ROWS if limit is None else limit, sort)
-    found = store.queries.wait_reasons(jobs, living_workers(home, store), store.queues.all())
+    living, queues = living_workers(home, store), store.queues.all()
+    found = store.queries.wait_reasons(jobs, living, queues, store.config.settings())
     echo(job_lines(jobs, found, store.queries.how_many(where, states) - len(jobs), now_ms(), width()))
 
 
@@ -6193,9 +6729,12 @@ def logs_command(
     if job.state in WAITING and not job.attempts:
         echo_err(f"job {job.id} has not started: {reason_of(home, store, job).why}")
     blocks = read_log(path, start, end)
+    written = 0
     for block in blocks if raw else fold_returns(blocks):
-        sys.stdout.buffer.write(block)
-    sys.stdout.buffer.flush()
+        write_out(block)
+        written += len(block)
+    if not written and tail != 0:
+        echo_some(echo_err, error_line(job, store.queries.history(job), attempt))
 
 
 @cli.command("wait")
@@ -6226,7 +6765,8 @@ def some_of(jobs: list[Job]) -> list[Job]:
 def echo_err(text: str) -> None:
     """A line on standard error, in the place of a progress bar that may stand there."""
     erase = "\r\x1b[K" if sys.stderr.isatty() else ""
-    click.echo(erase + printable(text), err=True)
+    with contextlib.suppress(OSError):  # nobody reads it: that is no reason to stop
+        click.echo(erase + printable(text), err=True)
 
 
 @contextlib.contextmanager
@@ -6265,13 +6805,17 @@ def edit_command(
     if which.ids:
         options |= {"tag": which.tag, "queue": which.queue}
         which = Selection(which.ids)
-    spec = changes_given(click.get_current_context().meta.get("typed"), options, clear)
+    prepared = Preparation()
+    spec = changes_given(click.get_current_context().meta.get("typed"), options, clear, prepared)
     done = store.changes.edit(which, spec, now_ms())
-    wake_one(home, store)
+    wake_worker(home, store, echo_err)
+    prepared.tell(echo_err)
     echo_done(done, "edited", as_json)
 
 
-def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear: Sequence[str]) -> Spec:
+def changes_given(
+    typed: Sequence[str] | None, options: Mapping[str, Any], clear: Sequence[str], prepared: Preparation
+) -> Spec:
     """What an `edit` makes of fields: those that it sets, and those that it clears."""
     fields = parse_options({**options, "env": with_values(options["env"])})
     refuse_both("command" in fields and "--command", bool(typed) and "a command behind --")
@@ -6283,7 +6827,7 @@ def changes_given(typed: Sequence[str] | None, options: Mapping[str, Any], clear
     if not fields and not cleared:
         raise BadInput("name a field to change, for example --priority 5")
     spec = check_fields(fields, now_ms())
-    return {**(with_absolute_cwd(spec) if "cwd" in spec else spec), **cleared}
+    return {**prepared(spec), **cleared}
 
 
 @cli.group("dlq")
@@ -6312,7 +6856,7 @@ def dlq_list_command(home: Home, store: Store, which: Selection, limit: int | No
 def dlq_retry_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Put dead jobs back to pending, with no attempts made."""
     done = store.changes.retry_dead(which, now_ms())
-    wake_one(home, store)
+    wake_worker(home, store, echo_err)
     echo_done(done, "pending again", as_json)
 
 
@@ -6324,7 +6868,8 @@ def dlq_retry_command(home: Home, store: Store, which: Selection, as_json: bool)
 def dlq_purge_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Remove dead jobs and their logs for good."""
     done = store.changes.purge_dead(which)
-    remove_logs(home, store, done)
+    with noting(echo_err, "done, but logs are left; remove them: queuectl doctor --repair"):
+        remove_logs(home, store, done)
     echo_done(done, "purged", as_json)
 
 
@@ -6349,7 +6894,7 @@ def hold_command(home: Home, store: Store, which: Selection, as_json: bool) -> N
 def release_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let jobs on hold go."""
     done = store.changes.set_hold(which, False, now_ms())
-    wake_one(home, store)
+    wake_worker(home, store, echo_err)
     echo_done(done, "released", as_json)
 
 
@@ -6388,7 +6933,7 @@ def queue_resume_command(home: Home, store: Store, names: Sequence[str], every: 
     """Go on with these queues."""
     chosen = queues_given(store, names, every)
     store.queues.set_paused(chosen, False)
-    wake_one(home, store)
+    wake_worker(home, store, echo_err)
     echo_done(chosen, "resumed", as_json)
 
 
@@ -6409,7 +6954,7 @@ def queue_limit_command(home: Home, store: Store, name: str, limit: str, as_json
     """Let at most N jobs of a queue run at once."""
     check_queues([name])
     store.queues.set_limit(name, None if limit == "none" else check_limit(limit))
-    wake_one(home, store)
+    wake_worker(home, store, echo_err)
     echo_done([name], f"limit {limit}", as_json)
 
 
@@ -6431,12 +6976,12 @@ def prune_command(
 ) -> None:
     """Remove jobs that have ended (completed, dead or cancelled), and their logs."""
     before = now_ms() - round(option_duration("--older-than", older_than) * 1000) + 1
-    removed = 0
-    for ids in store.changes.prune([State(state) for state in states] or ENDED, before, dry_run=dry_run):
-        removed += len(ids)
-        remove_logs(home, store, () if dry_run else ids)
+    chosen = [State(state) for state in states] or ENDED
+    removed, failure = prune_jobs(home, store, chosen, before, dry_run, echo_err)
     what = "would be removed" if dry_run else "removed"
-    answer(as_json, {"removed": removed, "dry_run": dry_run}, [f"{number_of(removed, 'job')} {what}"])
+    if as_json or not failure:
+        answer(as_json, {"removed": removed, "dry_run": dry_run}, [f"{number_of(removed, 'job')} {what}"])
+    raise_some(failure)
 
 
 @cli.command("export")
@@ -6473,7 +7018,7 @@ def config_get_command(home: Home, store: Store, key: str, as_json: bool) -> Non
         echo_json(value)
     else:
         shown = printable(plain(value)) if sys.stdout.isatty() else plain(value)
-        click.echo(shown, color=True)  # or click would take escapes off that belong to the value
+        put_out(lambda: click.echo(shown, color=True))  # or click would take escapes off that belong to the value
 
 
 @config_group.command("set", context_settings={"ignore_unknown_options": True})
@@ -6483,8 +7028,11 @@ def config_get_command(home: Home, store: Store, key: str, as_json: bool) -> Non
 @with_store
 def config_set_command(home: Home, store: Store, key: str, value: str, as_json: bool) -> None:
     """Set a key; it reaches running workers with their next job."""
-    store.config.set(setting_key(key), parse_setting(key, value))
-    echo_setting(store, setting_key(key), as_json)
+    parsed = parse_setting(key, value)
+    if isinstance(parsed, str):  # a hook
+        refuse_too_long(parsed, {})
+    store.config.set(setting_key(key), parsed)
+    echo_setting(setting_key(key), parsed, as_json)
 
 
 @config_group.command("unset")
@@ -6494,12 +7042,11 @@ def config_set_command(home: Home, store: Store, key: str, value: str, as_json: 
 def config_unset_command(home: Home, store: Store, key: str, as_json: bool) -> None:
     """Go back to a key's default."""
     store.config.set(setting_key(key), None)
-    echo_setting(store, setting_key(key), as_json)
+    echo_setting(setting_key(key), getattr(Settings(), setting_key(key)), as_json)
 
 
-def echo_setting(store: Store, key: str, as_json: bool) -> None:
-    """Print a key and the value that is in force."""
-    value = getattr(store.config.settings(), key)
+def echo_setting(key: str, value: Any, as_json: bool) -> None:
+    """Print a key and the value that is in force from now on."""
     answer(as_json, {key: value}, [f"{key} = {plain(value)}"])
 
 
@@ -6529,8 +7076,9 @@ def backup_command(home: Home, store: Store, file: str, restore: bool, as_json: 
         restore_copy(home, store, require_file(file))
     else:
         save_copy(store, file)
-    count = sum(store.queries.counts().values())
-    done = f"{'restored from' if restore else 'saved to'} {printable(file)}: {number_of(count, 'job')}"
+    count = count_jobs(store, echo_err)
+    jobs = "" if count is None else f": {number_of(count, 'job')}"
+    done = f"{'restored from' if restore else 'saved to'} {printable(file)}{jobs}"
     answer(as_json, {"file": file, "jobs": count}, [done])
 
 

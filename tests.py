@@ -37,7 +37,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -653,6 +653,12 @@ def test_decide_cancelled_stays_cancelled() -> None:
         same(q.decide(a_job(attempts=1, cancelling=True), outcome, q.Settings(), 0, 0).state, q.State.CANCELLED)
 
 
+def test_backoff_max_holds_for_the_part_that_chance_adds_too() -> None:
+    """No backoff is longer than `backoff_max`, however much `backoff_jitter` adds."""
+    settings = q.Settings(backoff_max=60, backoff_jitter=1)
+    same([q.backoff_s(a_job(attempts=n), settings, 1.0) for n in (1, 5, 9, 5000)], [4, 60, 60, 60])
+
+
 # ---- schema
 
 
@@ -1165,6 +1171,79 @@ def test_enqueue_from_a_slow_pipe_keeps_nobody_waiting(home: Home) -> None:
     same((process.returncode, len(home.store.queries.jobs())), (0, 20_002))
 
 
+def test_dlq_retry_of_the_root_brings_back_what_was_enqueued_after_its_dead_children(home: Home) -> None:
+    """a died, b after a with it, c was enqueued after b: a retried brings back both, and is what the errors name."""
+    home.add_all([{"id": "a", "command": "x", "max_retries": 0}, {"id": "b", "command": "x", "after": ["a"]}])
+    worker = home.worker_row()
+    home.store.jobs.finish(home.claim(worker), exited(1), q.Settings(max_retries=0), 1)
+    home.add(id="c", after=["b"])
+    same([home.state(id) for id in "abc"], ["dead"] * 3)
+    reason = q.reason_of(home.home, home.store, home.job("c"))
+    same(reason.remedy, "queuectl dlq retry a")
+    assert "first: queuectl dlq retry a" in home.fails("dlq", "retry", "c")
+    home.run("dlq", "retry", "a")
+    same([home.state(id) for id in "abc"], ["pending"] * 3)
+
+
+def failing_disk() -> str:
+    """A program that lets this process's waits for the disk fail from then on: it has the kernel refuse the calls."""
+    numbers = {"x86_64": (74, 75), "aarch64": (82, 83)}.get(getattr(os, "uname", lambda: None)().machine)  # type: ignore[union-attr]
+    if not numbers or not sys.platform.startswith("linux"):
+        raise Skip("system calls are made to fail on Linux alone")
+    return f"""
+import ctypes, struct
+load, jump, give = 0x20, 0x15, 0x06
+refuse, allow = 0x50005, 0x7FFF0000
+is_sync = [(jump, 1, 0, {numbers[0]}), (jump, 0, 1, {numbers[1]})]
+code = [(load, 0, 0, 0), *is_sync, (give, 0, 0, refuse), (give, 0, 0, allow)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+if libc.prctl(22, 2, ctypes.byref(Program(5, ctypes.addressof(code)))):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    sys.exit(77)
+"""
+
+
+@posix
+def test_commit_that_the_disk_refuses_is_undone_for_good(home: Home) -> None:
+    """What a command says is not stored does not come back, not even when all who have the database open die."""
+    home.add_all([{"id": "a", "command": "x", "hold": True}, {"id": "b", "command": "x", "queue": "slow"}])
+    home.run("queue", "pause", "slow")
+    before = [line for line in home.dump() if "workers" not in line]
+    for words in (["enqueue", "--id", "new", "--hold", "--", "x"], ["cancel", "a"], ["edit", "a", "--priority", "5"],
+                  ["release", "a"], ["config", "set", "max_retries", "9"], ["queue", "resume", "slow"]):  # fmt: skip
+        pids = [row.pid for row in home.start()]
+        home.store.close()  # only the worker has it open, and does not close it: so who comes next reads the WAL anew
+        del home.store
+        ran = finished(child(home, failing_disk() + "q.main()", *words))
+        if ran.code == 77:
+            raise Skip("this system lets nobody refuse a call")
+        same((words, ran.code, ran.out), (words, 1, ""))
+        one_line(ran, "disk I/O error", "nothing was stored")
+        for pid in pids:
+            os.kill(pid, KILL)
+            until(lambda pid=pid: not is_running(pid), "it is gone")  # type: ignore[misc]
+        same((words, [line for line in home.dump() if "workers" not in line]), (words, before))
+        home.sql("DELETE FROM workers")
+
+
+@posix
+def test_commit_whose_fate_is_unknown_is_said_with_the_command_that_tells(home: Home) -> None:
+    """Where it cannot be told whether a commit holds, that is what is said."""
+    home.add(id="a")
+    patch = failing_disk() + "q.Database._overwrite_wal = lambda self: False\nq.main()"
+    for words, look in ((["enqueue", "--", "x"], "queuectl list"), (["queue", "pause", "x"], "queuectl queue list"),
+                        (["config", "set", "max_retries", "9"], "queuectl config list")):  # fmt: skip
+        ran = finished(child(home, patch, *words))
+        if ran.code == 77:
+            raise Skip("this system lets nobody refuse a call")
+        same((words, ran.code, ran.out), (words, 1, ""))
+        one_line(ran, "whether it was stored is not known", f"look: {look}")
+        home.run(*look.split()[1:])
+
+
 # ---- platform
 
 
@@ -1258,6 +1337,35 @@ def test_platform_never_signals_what_it_did_not_start(home: Home) -> None:
         same(innocent.poll(), None)
     finally:
         innocent.communicate(b"\n")
+
+
+@posix
+def test_home_that_is_everybodys_directory_is_not_to_be_closed(home: Home) -> None:
+    """Where others work in a directory, the error advises one of one's own, and not to close it to them."""
+    home.path.mkdir()
+    for mode, names in ((0o1777, []), (0o777, ["theirs"])):
+        for name in names:
+            (home.path / name).touch()
+        home.path.chmod(mode)
+        ran = home.run("list", code=1)
+        assert "chmod" not in ran.err and "QUEUECTL_HOME to a directory of your own" in ran.err, ran.err
+    (home.path / "queue.db").touch()
+    home.path.chmod(0o777)
+    mend = home.run("list", code=1).err.partition("run: ")[2]
+    subprocess.run(mend, shell=True, check=True)
+    same(home.out("list"), "no jobs\n")
+
+
+def test_home_is_expanded_or_refused(home: Home) -> None:
+    """`~` in QUEUECTL_HOME is the home directory; where none is known, one line says so and nothing is made."""
+    env = {"HOME": str(home.root), "USERPROFILE": str(home.root), "QUEUECTL_HOME": "~/home"}
+    home.add(id="a")
+    same([job["id"] for job in home.json("list", env=env)], ["a"])
+    for given in ("~no-such-user/q", *([] if WINDOWS else ["~/q", ""])):
+        env = {"HOME": "", "QUEUECTL_HOME": given}
+        ran = home.run("list", env=env, code=2)
+        assert re.fullmatch(r"Error: no home directory is known .* QUEUECTL_HOME .*\n", ran.err), ran.err
+    same(list(home.work.iterdir()), [])
 
 
 # ---- running
@@ -1687,12 +1795,15 @@ def test_cwd_is_where_enqueue_was_called(home: Home) -> None:
 
 
 def test_cwd_that_is_gone_fails_the_attempt(home: Home) -> None:
-    """Where the directory is gone the attempt fails with that reason, and the worker goes on."""
+    """Where the directory is gone, or is none, the attempt fails with that reason, and the worker goes on."""
+    (home.work / "file").touch()
     home.add(id="a", cwd=str(home.work / "gone"), max_retries=0)
-    home.add(id="b")
+    home.add(id="b", cwd=str(home.work / "file"), max_retries=0)
+    home.add(id="c")
     home.start()
-    assert "gone" in str(home.ended("a").error)
-    same(home.ended("b").state.value, "completed")
+    same(home.ended("a").error, f"its directory {home.work / 'gone'} does not exist")
+    same(home.ended("b").error, f"its directory {home.work / 'file'} is not a directory")
+    same(home.ended("c").state.value, "completed")
 
 
 def test_program_that_is_missing_fails_the_attempt(home: Home) -> None:
@@ -1791,6 +1902,114 @@ def test_timeout_of_a_job_goes_before_the_setting(home: Home) -> None:
     home.start()
     same((home.ended("free").state.value, home.ended("bound").state.value), ("completed", "dead"))
     assert "0.3 s" in str(home.job("bound").error)
+
+
+@posix
+def test_start_that_fails_names_what_is_wrong_with_the_file(home: Home) -> None:
+    """Line ends of Windows, a missing interpreter, no `#!`, no right to run: each is named, with what helps."""
+    files = {"crlf": "#!/bin/sh\r\necho hi\r\n", "nowhere": "#!/no/such -x\necho hi\n", "bare": "echo hi\n"}
+    for name, text in files.items():
+        (home.work / name).write_text(text, newline="")
+        (home.work / name).chmod(0o755)
+    (home.work / "closed").write_text("#!/bin/sh\necho hi\n")
+    (home.work / "closed").chmod(0o644)
+    (home.work / "link").symlink_to("nothing")
+    (home.work / "elf").write_bytes(b"\x7fELF\2\1\1" + bytes(200))
+    (home.work / "elf").chmod(0o755)
+    wanted = {
+        "crlf": ["CR LF", "/bin/sh\\r"], "nowhere": ["interpreter '/no/such' does not exist"],
+        "bare": ["no #! line", "sh "],
+        "closed": ["not executable", "chmod +x"], "link": ["link that leads nowhere"], "elf": ["another system"],
+        ".": ["it is a directory"], "none": ["no such file"],
+    }  # fmt: skip
+    home.start()
+    for name, words in wanted.items():
+        job = home.ended(home.add([f"./{name}", "x"], max_retries=0))
+        same((name, [word for word in words if word not in str(job.error)]), (name, []))
+        code = 127 if name in ("crlf", "nowhere", "link", "none", "elf") else 126
+        assert job.exit_code == code or name == "elf", (name, job.exit_code)
+    for name in ("crlf", "nowhere", "closed"):  # the shell that runs a line says less
+        job = home.ended(home.add(f"./{name}", max_retries=0))
+        same((name, [word for word in wanted[name] if word not in str(job.error)]), (name, []))
+    for mend in ("crlf", "closed"):
+        line = str(home.ended(home.add([f"./{mend}"], max_retries=0)).error).partition("run: ")[2]
+        subprocess.run(line, shell=True, check=True, cwd=home.work)
+        same(home.ended(home.add([f"./{mend}"], max_retries=0)).state.value, "completed")
+
+
+def test_start_of_what_only_a_shell_knows_hints_at_one_word(home: Home) -> None:
+    """A builtin or a variable as the first of several words is named, and so is the form that works."""
+    home.start()
+    for words in (["FOO=bar", "exit"], ["cd", "."], ["no-such-alias", "x"]):
+        error = str(home.ended(home.add(words, max_retries=0)).error)
+        assert "one word" in error, error
+        given = shlex.split(error.partition("queuectl ")[2])
+        assert given[:2] == ["enqueue", "--"] and given[2:] == [" ".join(words)], given
+        if words[0] != "no-such-alias" and not WINDOWS:
+            home.run(*given[:1], "--wait", *given[1:])
+
+
+def test_cwd_is_expanded_and_checked_when_it_is_given(home: Home) -> None:
+    """`~` means the home directory in `--cwd` and in JSON; where no job can start there, that is said at once."""
+    env = {"HOME": str(home.work), "USERPROFILE": str(home.work)}
+    (home.work / "sub").mkdir()
+    (home.work / "file").touch()
+    wanted = str(home.work / "sub")
+    for words in (["--cwd=~/sub", "--", "x"], ['{"command": "x", "cwd": "~/sub"}']):
+        ran = home.run("enqueue", *words, env=env)
+        same((home.job(ran.out.strip()).cwd, ran.err), (wanted, ""))
+    home.run("edit", home.add(id="e"), "--cwd=~/sub", env=env)
+    same(home.job("e").cwd, wanted)
+    for cwd, problem in (("gone", "does not exist"), ("file", "is not a directory"), ("file/x", "")):
+        ran = home.run("enqueue", "--cwd", cwd, "--", "x")
+        same((ran.err.count("\n"), problem in ran.err, str(home.work / cwd) in ran.err), (1, True, True))
+    many = "\n".join(json.dumps({"command": "x", "cwd": "gone"}) for _ in range(3))
+    same(home.run("enqueue", "-", stdin=many).err.count("\n"), 1)
+    assert "no home directory" in home.fails("enqueue", "--cwd=~no-such-user/x", "--", "x", code=2)
+
+
+@posix
+def test_enqueue_from_a_directory_that_is_gone(home: Home) -> None:
+    """A whole `--cwd`, or one in the JSON, is all that is needed there; without it the error says so."""
+    here = home.work / "here"
+    here.mkdir()
+    script = f"cd {here} && rmdir {here} && {shlex.join([*PROGRAM, 'enqueue'])}"
+    cases = [
+        ("--cwd / -- true", 0),
+        ("""'{"command": "true", "cwd": "/"}'""", 0),
+        ("-- true", 1),
+        ("--cwd x -- true", 1),
+    ]
+    for words, code in cases:
+        here.mkdir(exist_ok=True)
+        ran = subprocess.run(["/bin/sh", "-c", f"{script} {words}"], env=home.env, capture_output=True, text=True)
+        same((words, ran.returncode), (words, code))
+        assert code == 0 or "--cwd with a whole path" in ran.stderr, ran.stderr
+    same({job.cwd for job in home.store.queries.jobs()}, {"/"})
+
+
+@posix
+def test_command_that_the_system_could_not_start_is_refused(home: Home) -> None:
+    """A line, a word or a variable longer than the system takes is refused with that limit; what just fits runs."""
+    most = 32 * os.sysconf("SC_PAGE_SIZE") if sys.platform.startswith("linux") else 0
+    if not most:
+        raise Skip("only Linux limits a single string")
+    line = "exit 0 #" + "x" * (most - 9)
+    home.add(id="a")
+    for job in (
+        {"command": line + "x"},
+        {"command": "x", "env": {"V": "y" * 200_000}},
+        {"command": "x", "env": {"V": "\u00e9" * (most // 2)}},
+    ):
+        error = home.fails("enqueue", "-", stdin=json.dumps(job), code=2)
+        assert error.startswith("Error: line 1: field") and str(most - 1) in error, error
+    total = {f"V{n}": "y" * 100_000 for n in range(os.sysconf("SC_ARG_MAX") // 100_000 + 1)}
+    assert str(os.sysconf("SC_ARG_MAX")) in home.fails(
+        "enqueue", "-", stdin=json.dumps({"command": "x", "env": total}), code=2
+    )
+    home.run("enqueue", "-", stdin=json.dumps({"command": line, "id": "fits", "env": {"V": "y" * (most - 3)}}))
+    home.run("worker", "start", "--drain")
+    same(home.ended("fits").error, None)
 
 
 # ---- worker: the scenarios of the request
@@ -2503,6 +2722,28 @@ def test_worker_log_says_what_matters_and_not_a_line_a_job(home: Home) -> None:
     same((len(text.splitlines()), "started" in text, "left" in text), (2, True, True))
 
 
+@posix
+def test_workers_start_says_which_are_up_where_one_is_refused(home: Home) -> None:
+    """With a fork that the system refuses, those that are up are named, and how many are not, and why: exit 1."""
+    home.add(id="a")
+    patch = """
+import errno
+def refuse(*words, real=q.start_detached, left=[2]):
+    left[0] -= 1
+    if left[0] < 0:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+    return real(*words)
+q.start_detached = refuse
+q.main()
+"""
+    ran = finished(child(home, patch, "worker", "start", "--count", "4"))
+    same((ran.code, ran.out), (1, "worker 1 started\nworker 2 started\n"))
+    one_line(ran, "2 of 4 workers did not start", "Resource temporarily unavailable")
+    ran = finished(child(home, patch.replace("[2]", "[0]"), "worker", "start"))
+    same((ran.code, ran.out), (1, ""))
+    one_line(ran, "1 of 1 worker did not start", "Resource temporarily unavailable")
+
+
 # ---- views
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
@@ -2619,6 +2860,130 @@ def test_roff_leaves_no_character_a_meaning() -> None:
     """What roff would take for a request or an escape is printed as it stands; backquotes make bold."""
     same(q.roff(r".so \fB 'x' --all ~^ `"), r"\&.so \efB \(aqx\(aq \-\-all \(ti\(ha \(ga")
     same(q.roff("until `release`\nof Zoë"), r"until \fBrelease\fR of Zo\[u00EB]")
+
+
+def every_obstacle(home: Home) -> dict[str, str]:
+    """A queue with each obstacle that a view can name: the job that has it, and what of it is to be gone."""
+    worker = home.worker_row()
+
+    def ended(id: str, outcome: q.Outcome, **fields: Any) -> None:
+        home.add(id=id, **{"max_retries": 0, **fields})
+        now = q.now_ms()
+        home.store.jobs.finish(home.claim(worker, now - 60_000), outcome, home.store.config.settings(), now)
+
+    ended("d1", exited(1))
+    home.add(id="d2", after=["d1"])
+    home.add(id="d3", after=["d2"])
+    ended("d4", exited(1))
+    home.add(id="d5", after=["d1", "d4"])
+    ended("k1", exited(1), key="k")
+    home.add(id="k2", key="k", hold=True)
+    cut = q.Outcome(q.EndReason.TIMED_OUT, error="timed out")
+    ended("t1", cut, timeout=60)
+    ended("t2", cut, timeout=30, max_retries=5, backoff_base=100_000)
+    ended("t3", cut)
+    home.add(id="h1", hold=True)
+    home.add(id="p1", queue="slow")
+    home.store.queues.set_paused(["slow"], True)
+    home.add(id="p2", after=["h1"])
+    home.store.workers.unregister(worker)
+    return {"d3": "dead", "d5": "dead", "t1": "dead", "t2": "--timeout", "t3": "dead", "h1": "on hold", "p1": "paused"}
+
+
+def words_of(remedy: str) -> list[str]:
+    """The words of a command that a remedy names."""
+    words = shlex.split(remedy)
+    same(words[0], "queuectl")
+    return words[1:]
+
+
+def knows(words: Sequence[str]) -> bool:
+    """Does the program have that command, with those options?"""
+    group: Any = q.cli
+    for word in words:
+        if not isinstance(group, click.Group):
+            break
+        if word not in group.commands:
+            return False
+        group = group.commands[word]
+    options = {name for param in group.params for name in param.opts}
+    return all(word in options for word in words if word.startswith("--"))
+
+
+def test_remedies_that_show_prints_do_what_they_say(home: Home) -> None:
+    """The command that `show` names is run in that very state: it exits 0, and the obstacle is gone."""
+    for id, sign in every_obstacle(home).items():
+        reason = q.reason_of(home.home, home.store, home.job(id))
+        shown = "".join(line for line in home.out("show", id).splitlines(True) if line.startswith(("state", "try")))
+        assert sign in shown and f"try        {reason.remedy}\n" in shown, shown
+        words = words_of(str(reason.remedy))
+        assert id not in words or words[0] != "show", words
+        if not knows(words):
+            words = [word for word in words if word not in ("--timeout", "10m")]
+            if words[0] == "edit":
+                continue
+        home.run(*words)
+        after = q.reason_of(home.home, home.store, home.job(id))
+        assert home.state(id) != "dead" and after != reason, (id, words, after)
+    reason = q.reason_of(home.home, home.store, home.job("k1"))
+    same(reason.remedy, "queuectl wait k2")
+    home.run("cancel", "k2")
+    home.run("wait", "k2", code=1)
+    home.run(*words_of(str(q.reason_of(home.home, home.store, home.job("k1")).remedy)))
+    same(home.state("k1"), "pending")
+    same(q.reason_of(home.home, home.store, home.job("p1")).remedy, "queuectl worker start")
+    home.run("worker", "start", "--queue", "other")
+    for id, remedy in (("p1", "queuectl worker start --queue slow"), ("d1", "queuectl worker start --queue default")):
+        same(q.reason_of(home.home, home.store, home.job(id)).remedy, remedy)
+        home.run(*words_of(remedy))
+        home.ended(id)
+
+
+def test_remedies_that_status_prints_do_what_they_say(home: Home) -> None:
+    """Each command that `status` names is run in that very state: it exits 0, and its line is gone."""
+    every_obstacle(home)
+    for _ in range(9):
+        seen = q.overview(home.home, home.store)
+        lines = [line for line in q.hints(seen) if knows(words_of("queuectl" + line.rpartition("queuectl")[2]))]
+        lines = [line for line in lines if " --timeout " not in line or knows(["dlq", "retry", "--timeout"])]
+        lines = [
+            line for line in lines if not line.endswith("look: queuectl dlq list")
+        ]  # it promises no more than that
+        if not lines:
+            break
+        for command in re.findall(r"queuectl [^,;]*", lines[0]):
+            home.run(*words_of(command))
+        assert lines[0] not in list(q.hints(q.overview(home.home, home.store))), lines
+        if "worker start" in lines[0]:
+            until(lambda: not [row for row in home.store.workers.all() if row.job])
+    left = [line for line in q.hints(q.overview(home.home, home.store)) if "own time-out" not in line]
+    same([line for line in left if not line.endswith("dead; look: queuectl dlq list")], [])
+
+
+def test_remedies_for_parents_that_cannot_be_retried_are_others(home: Home) -> None:
+    """What waited for a cancelled job needs that one to run again, what waited for a removed one to wait no more."""
+    home.add_all([{"id": "c1", "command": "x"}, {"id": "c2", "command": "x", "after": ["c1"]}])
+    home.add_all([{"id": "r1", "command": "x"}, {"id": "r2", "command": "x", "after": ["r1"]}])
+    home.run("cancel", "c1", "r1")
+    home.run("prune", "--state", "cancelled", "--older-than", "0")
+    home.add_all([{"id": "c1", "command": "x"}, {"id": "c3", "command": "x", "after": ["c1"]}])
+    home.run("cancel", "c1")
+    remedies = {id: q.reason_of(home.home, home.store, home.job(id)).remedy for id in ("c3", "r2")}
+    same(remedies, {"c3": "queuectl rerun c1", "r2": "queuectl dlq retry r2 --clear after"})
+    for id, remedy in remedies.items():
+        if knows(words_of(str(remedy))):
+            home.run(*words_of(str(remedy)))
+            assert home.state(id) != "dead", id
+
+
+def test_status_proposes_a_longer_timeout_only_where_that_helps(home: Home) -> None:
+    """A time-out that has been raised is no obstacle any more, and none is proposed that is not longer."""
+    every_obstacle(home)
+    home.run("config", "set", "job_timeout", "45")
+    assert "1 cut off by the default time-out; raise it: queuectl config set job_timeout 10m" in home.out("status")
+    home.run("config", "set", "job_timeout", "90")
+    assert "default time-out" not in home.out("status")
+    same([q.longer(seconds) for seconds in (1, 300, 301, 1800, 20_000)], ["10m", "10m", "1h", "1h", "40000"])
 
 
 # ---- commands
@@ -3293,11 +3658,11 @@ def test_enqueue_wait_says_what_the_output_does_not(home: Home) -> None:
     home.start()
     ran = home.run("enqueue", "--wait", "--id", "a", "--cwd", str(home.work / "gone"), "--max-retries", "0",
                    "--", "exit 0", code=1)  # fmt: skip
-    assert re.fullmatch(r"job a is dead: its directory .* is gone\n", ran.err), ran.err
+    assert re.fullmatch(r"note: directory .*\njob a is dead: its directory .* does not exist\n", ran.err), ran.err
     same(home.run("enqueue", "--wait", "--max-retries", "0", "--", "exit 3", code=3).err, "")
     home.run("worker", "stop")
     ran = home.run("wait", "a", code=1)  # it has ended: no worker is needed
-    assert re.fullmatch(r"1 of 1 did not complete: a is dead: its directory .* is gone\n", ran.err), ran.err
+    assert re.fullmatch(r"1 of 1 did not complete: a is dead: its directory .* does not exist\n", ran.err), ran.err
 
 
 def test_wait_names_those_that_did_not_complete(home: Home) -> None:
@@ -3401,6 +3766,147 @@ def test_version_and_help_need_no_home(home: Home) -> None:
     for args in ([], ["worker"], ["dlq", "retry"])[: 1 if WINDOWS else 3]:
         assert "Usage: queuectl" in home.out(*args, "--help")
     same(home.path.exists(), False)
+
+
+def test_change_is_reported_as_done_whatever_fails_after_it(home: Home) -> None:
+    """What comes after the commit (the wake-up, a count) cannot undo it: exit 0, the ids, and a note on stderr."""
+    home.add_all([{"id": id, "command": "x", "hold": True} for id in ("r", "e")])
+    job = home.add_all([{"id": "d", "command": "x", "max_retries": 0}])[0]
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(1), q.Settings(max_retries=0), 1)
+    same(home.state(job), "dead")
+    patch = """
+def fail(*words, **more):
+    raise q.StoreBusy("another program holds it")
+q.wake_one = q.living_workers = q.remove_logs = fail
+q.Queries.counts = q.Config.settings = fail
+q.main()
+"""
+    cases = {
+        ("enqueue", "--id", "a", "--", "x"): "a\n", ("release", "r"): "r released\n", ("hold", "a"): "a on hold\n",
+        ("edit", "e", "--priority", "3"): "e edited\n", ("dlq", "retry", "d"): "d pending again\n",
+        ("queue", "limit", "default", "3"): "default limit 3\n",
+        ("config", "set", "max-retries", "4"): "max_retries = 4\n",
+        ("config", "unset", "max-retries"): "max_retries = 3\n", ("cancel", "a"): "a cancelled\n",
+        ("backup", "copy.db"): "saved to copy.db\n",
+    }  # fmt: skip
+    for words, out in cases.items():
+        ran = finished(child(home, patch, *words))
+        same((words, ran.code, ran.out), (words, 0, out))
+        assert not ran.err or re.fullmatch(r"note: [^\n]+\n", ran.err), ran.err
+    same([home.state(id) for id in ("a", "d")], ["cancelled", "pending"])
+    same(json.loads(home.run("enqueue", "--json", "--", "x").out)[0]["created"], True)
+
+
+@posix
+def test_enqueue_whose_output_fails_says_that_it_is_stored(home: Home) -> None:
+    """Where the ids cannot be written the error is about the output, and says what has been done; a list just fails."""
+    if not os.path.exists("/dev/full"):
+        raise Skip("there is no /dev/full")
+    with open("/dev/full", "wb") as full:
+        ran = finished(home.popen("enqueue", "--id", "a", "--", "x", stdout=full))
+        same(ran.code, 1)
+        same(ran.err, "Error: cannot write the output: No space left on device; what was asked for is done\n")
+        ran = finished(home.popen("list", stdout=full))
+        same(ran.err, "Error: cannot write the output: No space left on device\n")
+    same(home.state("a"), "pending")
+
+
+def test_cancel_of_a_job_that_ends_or_goes_meanwhile_is_told_as_it_is(home: Home) -> None:
+    """Cancelled is what was; a job that completed first, or was pruned while cancel waited, is named on stderr."""
+    worker = home.worker_row()
+    for id in "abc":
+        home.add(id=id)
+    claimed = {home.claim(worker).id for _ in "ab"}
+    same(claimed, {"a", "b"})
+    patch = """
+def end(home, worker):
+    with q.open_store(home.database) as store:
+        for job in store.jobs.running_jobs(worker):
+            store.jobs.finish(job, q.Outcome(q.EndReason.EXITED, 0), q.Settings(), 1)
+        list(store.changes.prune([q.State.COMPLETED], 10**15, dry_run=False))
+        store.jobs.enqueue([("", q.check_job({"command": "x", "cwd": "/"}, 1))], 1)
+    return True
+q.ring = end
+q.main()
+"""
+    ran = finished(child(home, patch, "cancel", "a", "b", "c"))
+    same((ran.code, ran.out), (0, "c cancelled\n"))
+    same(ran.err, "".join(f"job {id} is not cancelled but removed: it had come to its end\n" for id in "ab"))
+    worker = home.worker_row()
+    same(home.claim(worker).state, q.State.PROCESSING)
+    [id] = [job.id for job in home.store.queries.jobs(states=["processing"])]
+    patch = patch.replace("        list(store", "        0 and list(store")
+    ran = finished(child(home, patch, "cancel", id))
+    same((ran.code, ran.err), (0, f"job {id} is not cancelled but completed: it had come to its end\n"))
+
+
+def test_prune_that_is_broken_off_says_what_it_has_removed(home: Home) -> None:
+    """Where the database is held in the middle, the jobs removed are counted, in words and in JSON: exit 1."""
+    patch = """
+def remove(self, state, seq, *words, real=q.Changes._prune_batch):
+    if seq:
+        raise q.StoreBusy("another program holds it")
+    return real(self, state, seq, *words)
+q.Changes._prune_batch = remove
+q.main()
+"""
+    for words, out in ((["prune"], ""), (["prune", "--json"], '{"removed": 100, "dry_run": false}\n')):
+        home.add_all([{"command": "x"}] * 150)
+        home.run("cancel", "--queue", "default")
+        before = len(home.store.queries.jobs())
+        ran = finished(child(home, patch, *words))
+        same((ran.code, ran.out, ran.err.count("nothing was stored")), (1, out, 0))
+        one_line(ran, "broken off after 100 jobs removed: another program holds it")
+        same(len(home.store.queries.jobs()), before - 100)
+
+
+def test_logs_of_a_job_without_output_say_what_went_wrong(home: Home) -> None:
+    """`logs` of a job that could not start, or timed out in silence, gives its error on stderr; else nothing."""
+    home.start()
+    home.ended(home.add(["no-such-program", "x"], id="a", max_retries=0))
+    home.ended(home.add([sys.executable, "-c", "import time; time.sleep(600)"], id="b", timeout=0.3, max_retries=0))
+    home.ended(home.add(id="c"))
+    for id, words in (("a", "cannot start no-such-program"), ("b", "timed out after 0.3 s"), ("c", "")):
+        for more in ([], ["--attempt", "1"], ["--follow"], ["--tail", "5"], ["--raw"]):
+            ran = home.run("logs", id, *more)
+            same((id, more, ran.out, ran.err.count("\n"), words in ran.err), (id, more, "", int(bool(words)), True))
+
+
+@posix
+def test_exit_codes_survive_an_output_that_nobody_reads(home: Home) -> None:
+    """`enqueue --wait` and `wait --json` through a pipe that is closed early keep the exit code that they mean."""
+    home.start()
+    job = "echo one; while [ ! -e closed ]; do sleep 0.02; done; echo two; exit 7"
+    for words, code in (
+        (["enqueue", "--wait", "--id", "a", "--max-retries", "0", "--", job], 7),
+        (["wait", "a", "--json"], 1),
+    ):
+        reader, writer = os.pipe()
+        process = home.popen(*words, stdout=writer)
+        os.close(writer)
+        if code == 7:
+            with open(reader, "rb", buffering=0) as seen:
+                text = b""
+                while b"one" not in text:
+                    text += seen.read(100)
+        else:
+            os.close(reader)
+        (home.work / "closed").touch()
+        ran = finished(process)
+        same((words[0], ran.code, "Broken" in ran.err), (words[0], code, False))
+
+
+def test_export_of_ended_jobs_that_share_a_key_is_read_back_whole(home: Home) -> None:
+    """Each job that has ended comes back, also where several had one key in turn; one that has not ended keeps it."""
+    for id in ("a", "b"):
+        home.add(id=id, key="k")
+        home.run("cancel", id)
+    home.add(id="c", key="k")
+    lines = home.out("export")
+    home.run("cancel", "c")
+    home.run("prune")
+    out = home.run("enqueue", "-", stdin=lines).out
+    same((out.split(), [home.job(id).key for id in "abc"]), (["a", "b", "c"], [None, None, "k"]))
 
 
 # ---- what holds whatever happens: what it takes to break things

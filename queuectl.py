@@ -288,6 +288,10 @@ class EndReason(enum.Enum):
     CANCELLED = "cancelled"
 
 
+RESULTS = ("completed", "failed", *(reason.value.replace(" ", "_") for reason in EndReason
+                                    if reason is not EndReason.EXITED))  # fmt: skip
+
+
 class Job(NamedTuple):
     """One row of `jobs`, in the order of its columns. Moments are milliseconds since 1970, UTC."""
 
@@ -1177,6 +1181,8 @@ def metrics_json(
         "run_seconds": percentiles([(end - start) / 1000 for _, start, end in times]),
         "jobs_per_second": round(len(ended) / span_s, 3) if span_s else None,
         "attempts": int(tallies["run count"]),
+        "attempts_by_result": {result: int(tallies[f"result {result}"]) for result in RESULTS},
+        "retries": int(tallies["retries"]),
         "cpu_seconds": round(tallies["run cpu"], 3),
     }
 
@@ -1196,27 +1202,72 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     yield f"Throughput: {'-' if speed is None else f'{speed:g} jobs/s'} over the newest completed jobs"
 
 
-def prometheus_lines(seen: Overview, tallies: Mapping[str, float]) -> Iterator[str]:
-    """The same for Prometheus, in its text exposition format."""
-    yield "# HELP queuectl_jobs Jobs in each state."
-    yield "# TYPE queuectl_jobs gauge"
-    for queue in seen.queues:
-        for state, n in queue.counts.items():
-            yield f'queuectl_jobs{{queue="{queue.name}",state="{state.value}"}} {n}'
-    yield "# HELP queuectl_workers Workers in each state."
-    yield "# TYPE queuectl_workers gauge"
-    yield from (f'queuectl_workers{{state="{state}"}} {n}' for state, n in worker_counts(seen.workers).items())
-    yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
-    yield "# TYPE queuectl_cpu_seconds_total counter"
-    yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
-    for kind, what in (("wait", "From when a job could first run to its first start."), ("run", "Time of an attempt.")):
-        name = f"queuectl_{kind}_seconds"
-        yield f"# HELP {name} {what}"
-        yield f"# TYPE {name} histogram"
-        yield from (f'{name}_bucket{{le="{bucket}"}} {int(tallies[f"{kind} {bucket}"])}' for bucket in BUCKETS_S)
-        yield f'{name}_bucket{{le="+Inf"}} {int(tallies[f"{kind} count"])}'
-        yield f"{name}_sum {tallies[f'{kind} sum']}"
-        yield f"{name}_count {int(tallies[f'{kind} count'])}"
+def prometheus_lines(
+    seen: Overview, tallies: Mapping[str, float], oldest: Mapping[str, int], now: int, versions: Mapping[str, str]
+) -> Iterator[str]:
+    """The same for Prometheus, in its text exposition format; `oldest` says since when each queue's first waits."""
+    yield from family("queuectl_build_info", "gauge", "Always 1; the labels name versions.", [(versions, 1)])
+    jobs = [({"queue": row.name, "state": state.value}, n) for row in seen.queues for state, n in row.counts.items()]
+    yield from family("queuectl_jobs", "gauge", "Jobs in each state.", jobs)
+    workers = [({"state": state}, n) for state, n in worker_counts(seen.workers).items()]
+    yield from family("queuectl_workers", "gauge", "Workers in each state.", workers)
+    yield from queue_families(seen.queues, oldest, now)
+    results = [({"result": result}, tallies[f"result {result}"]) for result in RESULTS]
+    yield from family("queuectl_attempts_total", "counter", "Attempts that have ended, by how.", results)
+    for name, text, tally in (
+        ("timeouts", "Attempts that their time-out ended.", "result timed_out"),
+        ("retries", "Attempts that came after a failed one of the same job.", "retries"),
+        ("cpu_seconds", "CPU time of all attempts.", "run cpu"),
+    ):
+        yield from family(f"queuectl_{name}_total", "counter", text, [({}, tallies[tally])])
+    yield from histogram("queuectl_wait_seconds", _WAIT_TEXT, tallies, "wait {}", [{}])
+    yield from histogram("queuectl_run_seconds", "Time of an attempt.", tallies, "run {}", [{}])
+    by_queue = [{"queue": row.name} for row in seen.queues]
+    yield from histogram("queuectl_queue_wait_seconds", _WAIT_TEXT, tallies, "wait {} {queue}", by_queue)
+
+
+_WAIT_TEXT = "From when a job could first run to its first start."
+
+
+def queue_families(queues: Sequence[QueueRow], oldest: Mapping[str, int], now: int) -> Iterator[str]:
+    """What Prometheus is told of each queue besides its jobs."""
+    ages = [({"queue": row.name}, max(0, now - oldest.get(row.name, now)) / 1000) for row in queues]
+    text = "How long the first of the jobs that only wait for a worker has waited; 0 where there is none."
+    yield from family("queuectl_queue_oldest_waiting_seconds", "gauge", text, ages)
+    paused = [({"queue": row.name}, int(row.paused)) for row in queues]
+    yield from family("queuectl_queue_paused", "gauge", "1 where a queue is paused.", paused)
+    limits = [({"queue": row.name}, row.max_running) for row in queues if row.max_running is not None]
+    yield from family("queuectl_queue_limit", "gauge", "How many jobs of a limited queue may run at once.", limits)
+
+
+def family(name: str, kind: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> Iterator[str]:
+    """The lines of a metric that is a counter or a gauge: a sample for each set of labels."""
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind}"
+    yield from (sample(name, labels, value) for labels, value in samples)
+
+
+def histogram(
+    name: str, text: str, tallies: Mapping[str, float], tally: str, several: Iterable[Mapping[str, str]]
+) -> Iterator[str]:
+    """The lines of a histogram for each of several sets of labels, from the tallies that `tally` names."""
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} histogram"
+    for labels in several:
+
+        def of(what: object, labels: Mapping[str, str] = labels) -> float:
+            return tallies.get(tally.format(what, **labels), 0)
+
+        yield from (sample(f"{name}_bucket", {**labels, "le": str(bucket)}, of(bucket)) for bucket in BUCKETS_S)
+        yield sample(f"{name}_bucket", {**labels, "le": "+Inf"}, of("count"))
+        yield sample(f"{name}_sum", labels, of("sum"))
+        yield sample(f"{name}_count", labels, of("count"))
+
+
+def sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    """A line with a value. Labels are names of queues, states and versions, in which nothing has to be escaped."""
+    shown = ",".join(f'{label}="{text}"' for label, text in labels.items())
+    return f"{name}{{{shown}}} {plain(value)}" if shown else f"{name} {plain(value)}"
 
 
 def service_unit(python: str, program: str, home: str) -> str:
@@ -1225,16 +1276,24 @@ def service_unit(python: str, program: str, home: str) -> str:
 Description=queuectl worker %i
 
 [Service]
-Environment="QUEUECTL_HOME={home}"
-ExecStart="{python}" "{program}" worker start --foreground
-# SIGTERM goes to the worker alone: it finishes its job and leaves.
+Environment={_unit_word(f"QUEUECTL_HOME={home}")}
+ExecStart={_unit_word(python)} {_unit_word(program).replace("$", "$$")} worker start --foreground
+# A stop sends SIGTERM to the worker alone, which finishes its job and leaves; what is left then is killed.
 KillMode=mixed
 TimeoutStopSec=infinity
+# A job that is killed for want of memory fails; its worker goes on.
+OOMPolicy=continue
 Restart=on-failure
 
 [Install]
 WantedBy=default.target
 """
+
+
+def _unit_word(text: str) -> str:
+    """A word in quotes, as a unit has to have it (systemd.syntax(7); `%` begins a specifier, see systemd.unit(5))."""
+    escaped = printable(text.replace("\\", "\\\\")).replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
 
 
 class ManEntry(NamedTuple):
@@ -1335,6 +1394,13 @@ def man_page(version: str, commands: Iterable[ManEntry]) -> Iterator[str]:
     for title, lines in sections.items():
         yield f".SH {title}"
         yield from lines
+
+
+def install_lines(path: str, instance: str) -> Iterator[str]:
+    """What `service --install` prints: where the unit is, and what starts it."""
+    yield f"{printable(path)} is there; start it:"
+    yield "  systemctl --user daemon-reload"
+    yield f"  systemctl --user enable --now {instance}"
 
 
 def how_ended(job: Job) -> str:
@@ -1810,6 +1876,17 @@ def _states_in(states: Sequence[State]) -> str:
 
 
 IS_WAITING, IS_OPEN, IS_HOPELESS = map(_states_in, (WAITING, OPEN, HOPELESS))
+_TALLIES = {  # what `metrics` sums over all attempts, each by its name; those of waits are also kept for each queue
+    "run count": "count(run)",
+    "run sum": "total(run)",
+    "run cpu": "total(cpu_s)",
+    **{f"run {bucket}": f"total(run <= {bucket})" for bucket in BUCKETS_S},
+    "wait count": "count(wait)",
+    "wait sum": "total(wait)",
+    **{f"wait {bucket}": f"total(wait <= {bucket})" for bucket in BUCKETS_S},
+    "retries": "total(is_retry)",
+    **{f"result {result}": f"total(result = '{result}')" for result in RESULTS},
+}
 
 
 def _json_or_null(value: Sequence[Any] | None) -> str | None:
@@ -2001,7 +2078,7 @@ class Queries:
         )
 
     def tallies(self) -> dict[str, float]:
-        """Sums over all attempts that ever ended, those of removed jobs included, by name."""
+        """Sums over all attempts that ever ended, those of removed jobs included, by name (see `_TALLIES`)."""
         tallies = self.tallies_of(None)
         for name, value in self._db.all("SELECT name, value FROM removed_tallies"):
             tallies[name] = tallies.get(name, 0) + value
@@ -2009,22 +2086,49 @@ class Queries:
 
     def tallies_of(self, seqs: Sequence[int] | None) -> dict[str, float]:
         """The same over the attempts of these jobs alone, or with None of all that are there."""
-        buckets = ", ".join(f"coalesce(sum(s <= {bucket}), 0)" for bucket in BUCKETS_S)
         which = "1" if seqs is None else "job IN (SELECT value FROM json_each(:seqs))"
-        tallies: dict[str, float] = {}
-        for kind, seconds in (("run", "ended_at - started_at"), ("wait", "started_at - since")):
-            row = self._db.one(
-                f"""SELECT count(*), coalesce(sum(s), 0), coalesce(sum(cpu), 0), {buckets} FROM (
-                    SELECT max(0, {seconds}) / 1000.0 AS s, cpu_s AS cpu FROM (
-                        SELECT attempts.*, max(jobs.created_at, coalesce(jobs.run_at, 0)) AS since
-                        FROM attempts JOIN jobs ON jobs.seq = attempts.job
-                        WHERE (:kind = 'run' OR n = 1) AND {which}))""",
-                kind=kind,
-                seqs=_json_or_null(seqs),
-            )
-            tallies |= {f"{kind} count": row[0], f"{kind} sum": row[1], f"{kind} cpu": row[2]}
-            tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
+        rows = self._db.all(
+            f"""SELECT queue, {", ".join(_TALLIES.values())} FROM (
+                SELECT jobs.queue, max(0, ended_at - attempts.started_at) / 1000.0 AS run, cpu_s,
+                    CASE WHEN n = 1 THEN
+                        max(0, attempts.started_at - max(created_at, coalesce(run_at, 0))) / 1000.0 END AS wait,
+                    CASE WHEN ended_by <> 'exited' THEN replace(ended_by, ' ', '_')
+                        WHEN attempts.exit_code = 0 OR attempts.error IS NULL THEN 'completed'
+                        ELSE 'failed' END AS result,
+                    number > 1 AND ended_by <> 'given back' AS is_retry
+                FROM attempts JOIN jobs ON jobs.seq = attempts.job WHERE {which}) GROUP BY queue""",
+            seqs=_json_or_null(seqs),
+        )
+        tallies: dict[str, float] = dict.fromkeys(_TALLIES, 0)
+        for queue, *values in rows:
+            for name, value in zip(_TALLIES, values, strict=True):
+                tallies[name] += value
+                if name.startswith("wait"):
+                    tallies[f"{name} {queue}"] = value
         return tallies
+
+    def oldest_waiting(self, now: int) -> dict[str, int]:
+        """By queue: since when the first of its jobs that only wait for a worker could have run.
+
+        Read are the first job of each priority in the index of ready jobs and, of the jobs whose time has come and
+        which no claim has seen yet, the thousand that came due first: so the cost is that of the priorities in use.
+        """
+        rows = self._db.all(
+            f"""WITH RECURSIVE firsts(queue, priority, seq) AS (
+                SELECT best.queue, best.priority, best.seq FROM (SELECT DISTINCT queue FROM counts WHERE {IS_WAITING})
+                    AS waiting JOIN jobs AS best ON best.seq = (SELECT seq FROM jobs
+                        WHERE ready AND queue = waiting.queue ORDER BY priority DESC, seq LIMIT 1)
+                UNION ALL SELECT next.queue, next.priority, next.seq FROM firsts JOIN jobs AS next ON next.seq = (
+                    SELECT seq FROM jobs WHERE ready AND queue = firsts.queue AND priority < firsts.priority
+                    ORDER BY priority DESC, seq LIMIT 1))
+            SELECT queue, min(since) FROM (
+                SELECT jobs.queue, max(created_at, coalesce(run_at, 0)) AS since FROM firsts JOIN jobs USING (seq)
+                UNION ALL SELECT * FROM (SELECT queue, due_at FROM jobs
+                    WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0 AND due_at <= :now
+                    ORDER BY due_at LIMIT 1000)) GROUP BY queue""",
+            now=now,
+        )
+        return dict(rows)
 
     def recent_timeouts(self, most: int = 1000) -> int:
         """How many of the newest failed and of the newest dead jobs were ended by their time-out."""
@@ -2343,19 +2447,24 @@ class Changes:
             columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
         with self._db.writing():
             chosen = self._queries.choose(which, WAITING, "edited")
-            for job in chosen:
-                if "max_retries" in spec:
-                    self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
-                try:
-                    self._db.run(
-                        f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
-                    )
-                except Conflict:
-                    raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
-                if "after" in spec:
-                    self._db.run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
-                    self._jobs.add_dependencies(job.seq, job.id, spec["after"] or (), now)
+            ran = [job.seq for job in chosen if job.started_at] if {"queue", "run_at"} & spec.keys() else []
+            with self._keeping_tallies(ran):
+                for job in chosen:
+                    self._edit_one(job, columns, values, spec, now)
         return [job.id for job in chosen]
+
+    def _edit_one(self, job: Job, columns: str, values: Mapping[str, Any], spec: Spec, now: int) -> None:
+        if "max_retries" in spec:
+            self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
+        try:
+            self._db.run(
+                f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
+            )
+        except Conflict:
+            raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
+        if "after" in spec:
+            self._db.run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
+            self._jobs.add_dependencies(job.seq, job.id, spec["after"] or (), now)
 
     def _refuse_overdrawn(self, job: Job) -> None:
         """QueueError for a job that would have failed more often than it may, and so be dead."""
@@ -2452,13 +2561,23 @@ class Changes:
 
     def _remove(self, seqs: Sequence[int]) -> None:
         """Remove jobs, but keep what they have added to the tallies: those never go down."""
-        for name, value in self._queries.tallies_of(seqs).items():
-            self._db.run(
-                "INSERT INTO removed_tallies VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
-                name=name, value=value,
-            )  # fmt: skip
-        for seq in seqs:
-            self._db.run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
+        with self._keeping_tallies(seqs):
+            for seq in seqs:
+                self._db.run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
+
+    @contextlib.contextmanager
+    def _keeping_tallies(self, seqs: Sequence[int]) -> Iterator[None]:
+        """Whatever happens to these jobs inside the block, the tallies stay as they are: a counter never goes down."""
+        before = self._queries.tallies_of(seqs)
+        yield
+        after = self._queries.tallies_of(seqs)
+        for name in before | after:
+            if value := before.get(name, 0) - after.get(name, 0):
+                self._db.run(
+                    """INSERT INTO removed_tallies VALUES (:name, :value)
+                        ON CONFLICT DO UPDATE SET value = value + :value""",
+                    name=name, value=value,
+                )  # fmt: skip
 
 
 class Workers:
@@ -2842,6 +2961,7 @@ def remove_log(path: str) -> None:
 #     become_worker        make this process a worker: signals, descriptors, orphans
 #     start_detached       start a worker process that outlives its parent
 #     leave_job            take a worker that a job starts out of that job's attempt
+#     HAS_SYSTEMD          may systemd start workers here? `service` is for that
 
 if sys.platform == "win32":
     import ctypes
@@ -3190,6 +3310,8 @@ if sys.platform == "win32":
             _limit(job, _KILL_ON_JOB_CLOSE | _BREAKAWAY_OK)
             _kernel32.CloseHandle(wintypes.HANDLE(job))
         os.environ[RUN_TAG] = NO_ATTEMPT
+
+    HAS_SYSTEMD = False
 
 else:
     import fcntl
@@ -3625,6 +3747,8 @@ else:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
             os.execve(sys.executable, command, {**os.environ, RUN_TAG: NO_ATTEMPT})
 
+    HAS_SYSTEMD = os.uname().sysname == "Linux"
+
 
 # ======================================================================== home
 
@@ -3727,6 +3851,30 @@ def workspace(home: Home) -> Iterator[str]:
         yield path
 
 
+def install_unit(name: str, text: str, force: bool) -> str:
+    """Write a systemd user unit to where its owner's systemd looks for it; where that is.
+
+    QueueError where another of that name is there, unless it is to be replaced.
+    """
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    path = os.path.join(config, "systemd", "user", name)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if os.path.exists(path) and not force and not _holds(path, text):
+            raise QueueError(f"{path} is there already and differs; to replace it: --force")
+        with open(f"{path}.part", "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        replace_file(f"{path}.part", path)
+    except OSError as error:
+        raise QueueError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _holds(path: str, text: str) -> bool:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read() == text
+
+
 def size_of(path: str) -> int:
     """Bytes in a file; none where there is no file."""
     try:
@@ -3771,6 +3919,11 @@ def host_name() -> str:
     import socket
 
     return socket.gethostname()
+
+
+def python_version() -> str:
+    """Of the interpreter that runs this."""
+    return sys.version.split()[0]
 
 
 def wants_colour() -> bool | None:
@@ -4849,6 +5002,12 @@ def refuse_both(one: str | bool, other: str | bool) -> None:
         raise BadInput(f"{one} and {other} exclude each other")
 
 
+def refuse_without(other: str, has_other: bool, one: str | bool) -> None:
+    """BadInput where an option was given that means something only with another, which was not."""
+    if one and not has_other:
+        raise BadInput(f"{one} goes only with {other}")
+
+
 def width() -> int:
     """Columns of the terminal; wide enough for everything where it is not one."""
     return terminal_columns() if sys.stdout.isatty() else 10_000
@@ -5596,7 +5755,10 @@ def metrics_command(home: Home, store: Store, prometheus: bool, as_json: bool) -
     """Show how many jobs did well, how long they waited and ran."""
     refuse_both(prometheus and "--prometheus", as_json and "--json")
     if prometheus:
-        echo(prometheus_lines(overview(home, store), store.queries.tallies()))
+        now = now_ms()
+        versions = {"version": __version__, "python": python_version(), "sqlite": sqlite_version()}
+        oldest = store.queries.oldest_waiting(now)
+        echo(prometheus_lines(overview(home, store), store.queries.tallies(), oldest, now, versions))
         return
     found = metrics_json(store.queries.counts(), store.queries.times(), store.queries.tallies())
     answer(as_json, found, shown_here(metrics_lines(found)))
@@ -5686,9 +5848,23 @@ def completion_command(shell: str) -> None:
 
 
 @cli.command("service")
-def service_command() -> None:
-    """Print a systemd user unit that runs a worker."""
-    echo([service_unit(sys.executable, here(__file__), open_home().path)])
+@click.option("--install", is_flag=True, help="Write it to where systemd looks for it.")
+@click.option("--force", is_flag=True, help="With --install: replace another.")
+def service_command(install: bool, force: bool) -> None:
+    """Print a systemd user unit that runs a worker, or install it."""
+    refuse_without("--install", install, force and "--force")
+    refuse_without_systemd()
+    unit = service_unit(sys.executable, here(__file__), open_home().path)
+    if install:
+        echo(install_lines(install_unit("queuectl@.service", unit, force), "queuectl@1"))
+    else:
+        click.echo(unit, nl=False)
+
+
+def refuse_without_systemd() -> None:
+    """QueueError on a system that knows no units."""
+    if not HAS_SYSTEMD:
+        raise QueueError("units are for systemd on Linux; here let what starts programs run: queuectl worker start")
 
 
 @cli.command("man")

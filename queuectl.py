@@ -95,27 +95,27 @@ EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127
 
 
 class QueueError(Exception):
-    """Something could not be done: said in one line on stderr, nothing has changed."""
+    """The base of all errors: the program prints it as one line on stderr, and nothing has changed."""
 
     exit_code = 1
 
 
 class BadInput(QueueError):
-    """What was given is not legal."""
+    """The input is not valid."""
 
     exit_code = 2
 
 
 class NotFound(QueueError):
-    """There is no job, worker or key of that name."""
+    """No job, worker or key has that name."""
 
 
 class StoreError(QueueError):
-    """The database cannot be used as it is."""
+    """The database cannot be used."""
 
 
 class StoreBusy(StoreError):
-    """Another program held the database for longer than we wait."""
+    """Another program held the lock on the database for longer than the busy timeout."""
 
 
 class Damaged(StoreError):
@@ -123,7 +123,7 @@ class Damaged(StoreError):
 
 
 class Conflict(StoreError):
-    """A row would break a rule of the schema: a key or an id that another bears."""
+    """A row violates a constraint of the schema: another job has that key or id."""
 
 
 # ======================================================================== text
@@ -138,12 +138,12 @@ def printable(text: str) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """A text, no longer than that."""
+    """The text, cut to `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def gist(text: str, most: int = 60) -> str:
-    """The first clause of an error or a reason, as far as a table has room for it."""
+    """The first clause of an error or a reason, cut to the room that a table has."""
     return cut(text.partition("; ")[0], most)
 
 
@@ -160,8 +160,8 @@ def plain(value: Any) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The end of an error about an unknown word: what was probably meant."""
-    import difflib  # needed only where something is wrong already
+    """The end of an error about an unknown word: the known word that is most like it."""
+    import difflib  # most commands never need it, and importing it takes time
 
     close = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -175,7 +175,7 @@ def command_line(command: str | list[str]) -> str:
 
 
 def iso_time(ms: int | None) -> str | None:
-    """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
+    """A time in ISO 8601, UTC, with milliseconds, as JSON shows it."""
     if ms is None:
         return None
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
@@ -185,7 +185,7 @@ def iso_time(ms: int | None) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """A length of time, in the two units that matter."""
+    """A duration in its two largest units."""
     if seconds < 10 or seconds == math.inf:
         return f"{seconds:.3g} s"
     units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
@@ -199,7 +199,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(ms: int | None, now: int) -> str:
-    """A moment as it lies from now."""
+    """A time relative to now: `5 m ago`, `in 5 m`."""
     if ms is None:
         return "-"
     away = abs(now - ms) / 1000
@@ -208,7 +208,7 @@ def ago(ms: int | None, now: int) -> str:
 
 
 def parse_number(text: str) -> int | float:
-    """The number that a word of the command line means."""
+    """The number in a word of the command line."""
     try:
         return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else float(text)
     except ValueError:
@@ -244,7 +244,7 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant
 
 
 def parse_job(text: str) -> Any:
-    """What a JSON text holds. BadInput points at the place where it breaks."""
+    """The value of a JSON text. BadInput names the position of a syntax error."""
     try:
         return _decode_json(text)
     except json.JSONDecodeError as error:
@@ -261,45 +261,46 @@ def parse_job(text: str) -> Any:
 
 
 class State(str, enum.Enum):
-    """Where a job stands; design.md has the diagram."""
+    """The state of a job; design.md has the diagram."""
 
-    PENDING = "pending"  # waits for a worker, a time, a parent or its release
-    PROCESSING = "processing"  # an attempt is under way
-    COMPLETED = "completed"  # an attempt ended well
+    PENDING = "pending"  # it waits for a worker, a time, a parent or its release
+    PROCESSING = "processing"  # an attempt is running
+    COMPLETED = "completed"  # an attempt succeeded
     FAILED = "failed"  # an attempt failed and a retry is due
-    DEAD = "dead"  # retries used up, or never to be retried: the dead letter queue
-    CANCELLED = "cancelled"  # somebody said that it shall not run
+    DEAD = "dead"  # no retry is left, or none is allowed: it is in the dead letter queue
+    CANCELLED = "cancelled"  # a user cancelled it
 
 
 WAITING = (State.PENDING, State.FAILED)
 OPEN = (*WAITING, State.PROCESSING)
-HOPELESS = (State.DEAD, State.CANCELLED)  # what waits for such a job can never run
+HOPELESS = (State.DEAD, State.CANCELLED)  # a job that depends on such a one can never run
 ENDED = (State.COMPLETED, *HOPELESS)
 
 
 class EndReason(enum.Enum):
-    """What brought an attempt to its end."""
+    """Why an attempt ended."""
 
-    EXITED = "exited"  # its command, by itself or by somebody else's signal
-    NOT_STARTED = "not started"  # there was nothing to run
+    EXITED = "exited"  # its command exited, or was killed by a signal that we did not send
+    NOT_STARTED = "not started"  # its command could not be started
     TIMED_OUT = "timed out"
     LOST = "lost"  # its worker died
-    GIVEN_BACK = "given back"  # its worker was told to leave at once
+    GIVEN_BACK = "given back"  # its worker was told to stop at once
     CANCELLED = "cancelled"
 
 
+# The results of an attempt that `metrics` counts: where its command exited, whether that completed the job.
 RESULTS = ("completed", "failed", *(reason.value.replace(" ", "_") for reason in EndReason
                                     if reason is not EndReason.EXITED))  # fmt: skip
 
 
 class Job(NamedTuple):
-    """One row of `jobs`, in the order of its columns. Moments are milliseconds since 1970, UTC."""
+    """One row of `jobs`, in the order of its columns. Times are in milliseconds since 1970, UTC."""
 
-    seq: int  # order of enqueueing; never used twice
+    seq: int  # order of enqueueing; never reused
     id: str
     command: str | list[str]  # a line for the shell, or a program and its arguments
     priority: int
-    max_retries: int | None  # None here and in the next two: what the settings say (job_timeout for timeout)
+    max_retries: int | None  # None here and in the next two: the setting holds (job_timeout for timeout)
     timeout: float | None  # seconds
     backoff_base: float | None
     run_at: int | None
@@ -315,11 +316,11 @@ class Job(NamedTuple):
     no_retry_codes: list[int] | None
     snooze: bool
     state: State
-    attempts: int  # attempts that count, the one under way included
+    attempts: int  # attempts that count, with the one that is running
     blockers: int  # parents that have not completed
-    due_at: int | None  # not to be started before; None once that has passed
-    failed_parent: int | None  # seq of the parent that took it along to the dead
-    cancelling: bool  # the attempt under way is to be ended, and the job with it
+    due_at: int | None  # it does not start before; None once that has passed
+    failed_parent: int | None  # seq of the parent whose end made it dead
+    cancelling: bool  # its worker is to end the running attempt and cancel the job
     created_at: int
     updated_at: int
     started_at: int | None  # of the newest attempt
@@ -330,7 +331,7 @@ class Job(NamedTuple):
 
     @property
     def run_tag(self) -> str:
-        """What tells this attempt from every other of this home, in any environment."""
+        """The mark of this attempt in the environment of its processes; unique in this home."""
         return f"{self.seq}.{self.started_at}"
 
 
@@ -340,7 +341,7 @@ _JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
 _FLAG_PLACES = tuple(COLUMNS.index(name) for name in ("hold", "snooze", "cancelling"))
 _MOMENT_PLACES = tuple(COLUMNS.index(name) for name in COLUMNS if name.endswith("_at"))
 _STATE_PLACE = COLUMNS.index("state")
-_from_json = json.JSONDecoder().raw_decode  # json.loads would look for blanks at both ends
+_from_json = json.JSONDecoder().raw_decode  # faster than json.loads, which also skips blanks at both ends
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")  # of a job, a queue, a tag
 
@@ -365,7 +366,7 @@ _LEGAL_TYPES = tuple(_KINDS[name][0] for name in COLUMNS)
 
 
 def job_from_row(row: Sequence[Any]) -> Job:
-    """The job that a row of COLUMNS holds; Damaged where it holds none."""
+    """The job in a row of COLUMNS. Damaged where the row holds none."""
     if not all(map(operator.contains, _LEGAL_TYPES, map(type, row))):
         raise Damaged(f"its row is damaged: {_first_misfit(row)} has a value of the wrong type")
     values = list(row)
@@ -441,7 +442,7 @@ def fitting(row: Sequence[Any], kinds: Sequence[tuple[frozenset[type], Any]]) ->
 
 
 class Attempt(NamedTuple):
-    """What is kept of an attempt that has ended."""
+    """The record of an attempt that has ended."""
 
     number: int  # the job's `attempts` while it ran
     worker: int
@@ -482,7 +483,7 @@ class Outcome(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The jobs that a command is about: those named, those of a tag or a queue, or all."""
+    """The jobs that a command selects: by id, by tag and queue, or all."""
 
     ids: Sequence[str] = ()
     tag: str | None = None
@@ -497,7 +498,7 @@ WORKER_STATES = ("idle", "busy", "stopping")
 
 
 class WorkerRow(NamedTuple):
-    """One row of `workers`, and the job that it has in hand."""
+    """One row of `workers`, and the id of the job that it runs."""
 
     id: int
     pid: int
@@ -511,7 +512,7 @@ class WorkerRow(NamedTuple):
 
     @property
     def state(self) -> str:
-        """What it is doing, one of WORKER_STATES."""
+        """One of WORKER_STATES."""
         return "stopping" if self.stop else "busy" if self.job else "idle"
 
     def takes(self, queue: str) -> bool:
@@ -547,19 +548,19 @@ class QueueRow(NamedTuple):
 
 
 class WaitReasons(NamedTuple):
-    """What may keep a job from running, besides its own row."""
+    """The facts outside its own row that may keep a job from running."""
 
-    parents: list[str]  # those that have not completed
+    parents: list[str]  # ids of those that have not completed
     paused: bool
     max_running: int | None
-    running: int  # jobs of its queue
+    running: int  # how many jobs of its queue run
     workers: list[WorkerRow]
 
 
 class StopRequest(NamedTuple):
-    """What a worker is told while it runs or waits."""
+    """What others ask of a worker while it runs or waits."""
 
-    registered: bool  # False: it was taken for dead
+    registered: bool  # False: a peer removed its row
     stop: str | None = None
     cancelling: bool = False
 
@@ -812,7 +813,7 @@ def job_json(job: Job) -> dict[str, Any]:
 
 
 class Settings(NamedTuple):
-    """The configuration of a home, with the default of each key."""
+    """The configuration of a home; the values here are the defaults."""
 
     backoff_base: float = 2.0
     backoff_max: float = 0.0
@@ -826,7 +827,7 @@ class Settings(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A config key: how a text is read, how its value is checked."""
+    """A config key: how to parse and check its value."""
 
     parse: Callable[[str], Any]
     check: _Check
@@ -847,7 +848,7 @@ SETTINGS = {
 
 
 def setting_key(name: str) -> str:
-    """The key that a name means: `max-retries` is `max_retries`. NotFound names the nearest."""
+    """The key of a name: `max-retries` is `max_retries`. NotFound suggests the nearest key."""
     key = name.replace("-", "_")
     if key not in SETTINGS:
         raise NotFound(f"no config key {printable(name)!r}{nearest(key, SETTINGS)}")
@@ -855,7 +856,7 @@ def setting_key(name: str) -> str:
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value that a text means for a key; BadInput where it means none."""
+    """The value of a key from a text. BadInput where the text is not valid."""
     key = setting_key(name)
     try:
         return SETTINGS[key].check(SETTINGS[key].parse(text))
@@ -864,7 +865,7 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 class Transition(NamedTuple):
-    """What becomes of a job after an attempt."""
+    """The change of a job's state after an attempt."""
 
     state: State
     attempts: int
@@ -872,16 +873,16 @@ class Transition(NamedTuple):
 
 
 def settings_for(job: Job, settings: Settings) -> Settings:
-    """What holds for a job: what it says itself, and of the rest what the settings say."""
+    """The settings in force for a job: its own values replace those of the home."""
     if job.max_retries is None and job.timeout is None and job.backoff_base is None:
-        return settings  # which is so of most
+        return settings  # the usual case
     own: dict[str, Any]
     own = {"max_retries": job.max_retries, "job_timeout": job.timeout, "backoff_base": job.backoff_base}
     return settings._replace(**{key: value for key, value in own.items() if value is not None})
 
 
 def backoff_s(job: Job, settings: Settings, chance: float) -> float:
-    """Seconds to wait after failed attempt n: base ** n, capped, plus a random part (chance is 0 to 1)."""
+    """Seconds to wait after failed attempt n: base ** n, capped, plus a random share. `chance` is from 0 to 1."""
     try:
         delay = settings.backoff_base**job.attempts
     except OverflowError:
@@ -891,7 +892,7 @@ def backoff_s(job: Job, settings: Settings, chance: float) -> float:
 
 
 def decide(job: Job, outcome: Outcome, settings: Settings, now: int, chance: float) -> Transition:
-    """What becomes of a job whose attempt ended so. Pure: the time and the dice are given."""
+    """The transition of a job after an attempt. Pure: the caller gives the time and the random number."""
     code = outcome.exit_code
     if outcome.end is EndReason.EXITED and (code == 0 or code in (job.ok_codes or ())):
         return Transition(State.COMPLETED, job.attempts)
@@ -915,13 +916,13 @@ _COLOURS = {"completed": 32, "processing": 36, "failed": 33, "dead": 31, "cancel
 
 
 def coloured(word: str, text: str | None = None) -> str:
-    """A text in the colour of a state; whoever prints takes the colour off where it is not wanted."""
+    """A text in the colour of a state. `echo` removes the colour where the output is no terminal."""
     shown = word if text is None else text
     return f"\x1b[{_COLOURS[word]}m{shown}\x1b[0m" if word in _COLOURS else shown
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
-    """Lines of a table; the last column takes what room is left, the others a quarter of it at the most."""
+    """The lines of a table. A column takes at most a quarter of the width; the last takes the rest."""
     most = max(12, width // 4)
     sizes = [min(most, max(len(row[i]) for row in [head, *rows])) for i in range(len(head) - 1)]
     room = max(10, width - sum(sizes) - 2 * len(sizes))
@@ -955,7 +956,7 @@ class Reason(NamedTuple):
 
 
 def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
-    """The reason of a waiting job, of one whose worker is gone, and for a dead one the remedy alone."""
+    """Why a waiting job does not run, or that the worker of a running one is gone. A dead job has only a remedy."""
     if job.state is State.DEAD:
         again = obstacles.parents[:1] if job.blockers else [job.id]
         return Reason(None, f"queuectl dlq retry {again[0]}" if again else None)
@@ -984,12 +985,12 @@ def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
 
 
 def nobody_works(workers: Sequence[WorkerRow]) -> str:
-    """Why there is no worker for what waits."""
+    """Why no worker takes jobs."""
     return "every worker is leaving" if workers else "no worker is running"
 
 
 def job_error(job: Job) -> str:
-    """The error of a job as a terminal can show it; empty where there is none."""
+    """The error of a job with control characters escaped; empty where it has none."""
     return printable(job.error or "")
 
 
@@ -1006,7 +1007,8 @@ def job_rows(jobs: Sequence[Job], found: Sequence[WaitReasons], now: int) -> lis
 
 
 JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WHY", "COMMAND")
-_SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}  # what a narrow terminal need not show
+# On a narrow terminal a column that holds only this is not shown.
+_SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}
 
 
 def job_lines(jobs: Sequence[Job], found: Sequence[WaitReasons], more: int, now: int, width: int) -> Iterator[str]:
@@ -1048,7 +1050,7 @@ def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str,
 
 
 def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
-    """The cells of a job's attempts."""
+    """The cells of the attempts in `show`, a row for each."""
     return [
         [
             str(a.number), str(a.worker), iso_time(a.started_at) or "", duration((a.ended_at - a.started_at) / 1000),
@@ -1060,23 +1062,23 @@ def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
 
 
 def worker_counts(workers: Sequence[WorkerRow]) -> dict[str, int]:
-    """How many workers are in each state."""
+    """The number of workers in each state."""
     states = [row.state for row in workers]
     return {state: states.count(state) for state in WORKER_STATES}
 
 
 class Overview(NamedTuple):
-    """The state of a queue at one moment, as `status`, its JSON and Prometheus show it."""
+    """The state of a queue at one moment: the input of `status`, its JSON and Prometheus."""
 
     counts: dict[State, int]
-    workers: list[WorkerRow]  # those that live
+    workers: list[WorkerRow]  # those that are alive
     queues: list[QueueRow]
-    lost: int  # dead workers whose jobs nobody has recovered yet
-    recent_timeouts: int  # of the newest failed and dead jobs, those that their time-out ended
+    lost: int  # dead workers whose jobs no peer has recovered yet
+    recent_timeouts: int  # how many of the newest failed and dead jobs timed out
 
 
 def status_lines(seen: Overview) -> Iterator[str]:
-    """What `status` prints: where the jobs are, who works, and what to do."""
+    """What `status` prints: jobs by state, workers, and hints."""
     for state, n in seen.counts.items():
         yield f"{coloured(state.value, f'{state.value:11}')} {n}"
     yield f"{'total':11} {sum(seen.counts.values())}"
@@ -1096,7 +1098,7 @@ def status_json(seen: Overview) -> dict[str, Any]:
 
 
 def hints(seen: Overview) -> Iterator[str]:
-    """What stands in the way of the queue, each with the command that helps."""
+    """What keeps the queue from progress, each with the command that helps."""
     if seen.lost:
         yield f"! {seen.lost} dead worker(s) left jobs behind; a running worker recovers them: queuectl worker start"
     staying = [row for row in seen.workers if not row.stop]
@@ -1158,7 +1160,7 @@ def worker_lines(workers: Sequence[WorkerRow], now: int, width: int) -> Iterator
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """p50, p95 and p99 of some values: the smallest that so many per cent do not exceed."""
+    """p50, p95 and p99 of some values: the smallest value that so many per cent do not exceed."""
     ordered = sorted(values)
     return {
         f"p{p}": round(ordered[math.ceil(p / 100 * len(ordered)) - 1], 3) if ordered else None for p in (50, 95, 99)
@@ -1168,7 +1170,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
 def metrics_json(
     counts: Mapping[State, int], times: Sequence[tuple[int, int, int]], tallies: Mapping[str, float]
 ) -> dict[str, Any]:
-    """How the queue has done."""
+    """`metrics` as JSON. `times` are of completed jobs: when each could run, started and ended."""
     completed, dead = counts[State.COMPLETED], counts[State.DEAD]
     ended = sorted(end for _, _, end in times)
     span_s = max(1.0, (ended[-1] - ended[0]) / 1000) if ended else None
@@ -1205,7 +1207,7 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
 def prometheus_lines(
     seen: Overview, tallies: Mapping[str, float], oldest: Mapping[str, int], now: int, versions: Mapping[str, str]
 ) -> Iterator[str]:
-    """The same for Prometheus, in its text exposition format; `oldest` says since when each queue's first waits."""
+    """`metrics` in Prometheus' text format. `oldest` holds for each queue since when its first job waits."""
     yield from family("queuectl_build_info", "gauge", "Always 1; the labels name versions.", [(versions, 1)])
     jobs = [({"queue": row.name, "state": state.value}, n) for row in seen.queues for state, n in row.counts.items()]
     yield from family("queuectl_jobs", "gauge", "Jobs in each state.", jobs)
@@ -1230,7 +1232,7 @@ _WAIT_TEXT = "From when a job could first run to its first start."
 
 
 def queue_families(queues: Sequence[QueueRow], oldest: Mapping[str, int], now: int) -> Iterator[str]:
-    """What Prometheus is told of each queue besides its jobs."""
+    """The metrics of each queue besides its jobs."""
     ages = [({"queue": row.name}, max(0, now - oldest.get(row.name, now)) / 1000) for row in queues]
     text = "How long the first of the jobs that only wait for a worker has waited; 0 where there is none."
     yield from family("queuectl_queue_oldest_waiting_seconds", "gauge", text, ages)
@@ -1241,7 +1243,7 @@ def queue_families(queues: Sequence[QueueRow], oldest: Mapping[str, int], now: i
 
 
 def family(name: str, kind: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> Iterator[str]:
-    """The lines of a metric that is a counter or a gauge: a sample for each set of labels."""
+    """The lines of a counter or a gauge: a sample for each set of labels."""
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
     yield from (sample(name, labels, value) for labels, value in samples)
@@ -1250,7 +1252,7 @@ def family(name: str, kind: str, text: str, samples: Iterable[tuple[Mapping[str,
 def histogram(
     name: str, text: str, tallies: Mapping[str, float], tally: str, several: Iterable[Mapping[str, str]]
 ) -> Iterator[str]:
-    """The lines of a histogram for each of several sets of labels, from the tallies that `tally` names."""
+    """The lines of a histogram: buckets, sum and count for each set of labels. `tally` is the pattern of a name."""
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} histogram"
     for labels in several:
@@ -1265,7 +1267,7 @@ def histogram(
 
 
 def sample(name: str, labels: Mapping[str, str], value: float) -> str:
-    """A line with a value. Labels are names of queues, states and versions, in which nothing has to be escaped."""
+    """The line of one value. No label needs escapes: the values are names of queues and states, and versions."""
     shown = ",".join(f'{label}="{text}"' for label, text in labels.items())
     return f"{name}{{{shown}}} {plain(value)}" if shown else f"{name} {plain(value)}"
 
@@ -1291,13 +1293,13 @@ WantedBy=default.target
 
 
 def _unit_word(text: str) -> str:
-    """A word in quotes, as a unit has to have it (systemd.syntax(7); `%` begins a specifier, see systemd.unit(5))."""
+    """A word in quotes for a unit file, escaped: see systemd.syntax(7), and of `%` systemd.unit(5)."""
     escaped = printable(text.replace("\\", "\\\\")).replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 
 
 class ManEntry(NamedTuple):
-    """A command as the manual page describes it: its options as pairs of how one types them and what they do."""
+    """A command for the manual page; `options` are pairs of usage and meaning."""
 
     usage: str
     help: str
@@ -1404,16 +1406,16 @@ def install_lines(path: str, instance: str) -> Iterator[str]:
 
 
 def how_ended(job: Job) -> str:
-    """A job that did not complete, and why."""
+    """A line about a job that did not complete, with its error."""
     return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
 
 
 def exit_code_of(job: Job, last: Attempt | None) -> int:
-    """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
+    """The exit code that a shell gives for such an end: the job's own, 128 + signal, 124 after a time-out."""
     if job.state is State.COMPLETED:
         return 0
     if job.state is State.CANCELLED and not (last and last.ended_by == EndReason.CANCELLED.value):
-        return 1  # while it did not run
+        return 1  # it was cancelled while it did not run
     if last and last.ended_by == EndReason.TIMED_OUT.value:
         return EX_TIMED_OUT
     if job.exit_code is None and last and last.signal:
@@ -1422,7 +1424,7 @@ def exit_code_of(job: Job, last: Attempt | None) -> int:
 
 
 def exit_code_of_all(counts: Mapping[State, int] | None) -> int:
-    """The same for several jobs: 0 where all completed; None is what a wait gives at its time-out."""
+    """The exit code for several jobs: 0 where all completed. `counts` is None where the wait timed out."""
     if counts is None:
         return EX_TIMED_OUT
     return int(any(counts[state] for state in HOPELESS))

@@ -3866,7 +3866,7 @@ def install_unit(name: str, text: str, force: bool) -> str:
             raise QueueError(f"{path} is there already and differs; to replace it: --force")
         with open(f"{path}.part", "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
-        replace_file(f"{path}.part", path)
+        os.replace(f"{path}.part", path)
     except OSError as error:
         raise QueueError(f"cannot write {path}: {error.strerror}") from error
     return path

@@ -3233,16 +3233,32 @@ if sys.platform == "win32":
                 _limit(self._job, 0)
             _kernel32.CloseHandle(wintypes.HANDLE(self._job))
 
+    def _start_with_retries(start: Callable[[], _Result]) -> _Result:
+        """The process that `start` creates, after at most two retries.
+
+        ERROR_INTERNAL_ERROR means that the new process ended before it ran any of its own code (Wine has this now and
+        then). A retry is safe.
+        """
+        error_internal_error = 1359
+        for _ in range(2):
+            try:
+                return start()
+            except OSError as error:
+                if error.winerror != error_internal_error:
+                    raise
+            time.sleep(0.1)
+        return start()
+
     def _start_suspended(
         line: str | list[str], cwd: str, env: Mapping[str, str], stdin: int | None, output: BinaryIO
     ) -> subprocess.Popen[bytes]:
         """A process that has not begun; of variables that differ in case alone, the last one counts."""
         spelled = {name.upper(): (name, value) for name, value in env.items()}
-        return subprocess.Popen(
+        return _start_with_retries(lambda: subprocess.Popen(
             line, cwd=cwd, env=dict(spelled.values()),
             stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output, stderr=output,
             creationflags=_HIDDEN | _CREATE_SUSPENDED,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _shell_line(command: str) -> str:
         """The command line by which cmd.exe runs a line as it is: /s takes off just the outer quotes."""
@@ -3299,11 +3315,11 @@ if sys.platform == "win32":
         return cast(TextIO, process.stdout)
 
     def _start_worker(home: Home, arguments: Sequence[str], flags: int) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        return _start_with_retries(lambda: subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), *arguments], cwd=os.path.splitdrive(home.path)[0] + "\\",
             env={**os.environ, "QUEUECTL_HOME": home.path}, text=True, errors="replace", creationflags=flags,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def leave_job(arguments: Sequence[str]) -> None:
         """Let the workers that a job starts leave the job object of its attempt."""

@@ -1606,6 +1606,36 @@ def test_program_with_blanks_in_its_path_fails_with_what_to_do(home: Home) -> No
     assert "exit code 127  " in row and "enqueue" not in row, row
 
 
+@windows
+@alone
+def test_platform_starts_a_process_again_that_ended_before_it_began(home: Home) -> None:
+    """The system's "internal error" at the start of a process costs no attempt; what stays wrong is said."""
+    import ctypes
+
+    real, left = q.subprocess.Popen, [ctypes.WinError(1359), ctypes.WinError(1359)]
+
+    def popen(*words: Any, **options: Any) -> Any:
+        if left:
+            raise left.pop()
+        return real(*words, **options)
+
+    def start() -> q.Process:
+        return q.Process(["cmd", "/c", "exit 3"], str(home.work), dict(os.environ), home.home.log("a"), "t@h")
+
+    q.subprocess.Popen = popen
+    try:
+        process = start()
+        same(until(process.poll).exit_code, 3)
+        process.close()
+        for error in (ctypes.WinError(1359), ctypes.WinError(2)):
+            left.extend([error] * 3)
+            with refuses(OSError):
+                start()
+        same(len(left), 2)  # any other error is final at once
+    finally:
+        q.subprocess.Popen = real
+
+
 @posix
 def test_signal_fails_the_attempt_and_is_kept(home: Home) -> None:
     """A command that a signal ends has failed, and its history says which one."""

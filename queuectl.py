@@ -118,21 +118,21 @@ class QueueError(Exception):
 
 
 class BadInput(QueueError):
-    """What was given is not legal."""
+    """The input is not valid."""
 
     exit_code = 2
 
 
 class NotFound(QueueError):
-    """There is no job, worker or key of that name."""
+    """No job, worker or key has that name."""
 
 
 class StoreError(QueueError):
-    """The database cannot be used as it is."""
+    """The database cannot be used."""
 
 
 class StoreBusy(StoreError):
-    """Another program held the database for longer than we wait."""
+    """Another program held the lock on the database for longer than the busy timeout."""
 
 
 class Damaged(StoreError):
@@ -146,7 +146,7 @@ class StoreUncertain(StoreError):
 
 
 class Conflict(StoreError):
-    """A row would break a rule of the schema: a key or an id that another bears."""
+    """A row violates a constraint of the schema: another job has that key or id."""
 
 
 # ======================================================================== text
@@ -161,12 +161,12 @@ def printable(text: str) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """A text, no longer than that."""
+    """The text, cut to `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def gist(text: str, most: int = 60) -> str:
-    """The first clause of an error or a reason, as far as a table has room for it."""
+    """The first clause of an error or a reason, cut to the room that a table has."""
     return cut(text.partition("; ")[0], most)
 
 
@@ -183,8 +183,8 @@ def plain(value: Any) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The end of an error about an unknown word: what was probably meant."""
-    import difflib  # needed only where something is wrong already
+    """The end of an error about an unknown word: the known word that is most like it."""
+    import difflib  # most commands never need it, and importing it takes time
 
     close = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -198,7 +198,7 @@ def command_line(command: str | list[str]) -> str:
 
 
 def iso_time(ms: int | None) -> str | None:
-    """A moment as JSON shows it: ISO 8601, UTC, milliseconds."""
+    """A time in ISO 8601, UTC, with milliseconds, as JSON shows it."""
     if ms is None:
         return None
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
@@ -208,7 +208,7 @@ def iso_time(ms: int | None) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """A length of time, in the two units that matter."""
+    """A duration in its two largest units."""
     if seconds < 10 or seconds == math.inf:
         return f"{seconds:.3g} s"
     units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
@@ -222,7 +222,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(ms: int | None, now: int) -> str:
-    """A moment as it lies from now."""
+    """A time relative to now: `5 m ago`, `in 5 m`."""
     if ms is None:
         return "-"
     away = abs(now - ms) / 1000
@@ -231,7 +231,7 @@ def ago(ms: int | None, now: int) -> str:
 
 
 def parse_number(text: str) -> int | float:
-    """The number that a word of the command line means."""
+    """The number in a word of the command line."""
     try:
         return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else float(text)
     except ValueError:
@@ -267,7 +267,7 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant
 
 
 def parse_job(text: str) -> Any:
-    """What a JSON text holds. BadInput points at the place where it breaks."""
+    """The value of a JSON text. BadInput names the position of a syntax error."""
     try:
         return _decode_json(text)
     except json.JSONDecodeError as error:
@@ -284,41 +284,46 @@ def parse_job(text: str) -> Any:
 
 
 class State(str, enum.Enum):
-    """Where a job stands; design.md has the diagram."""
+    """The state of a job; design.md has the diagram."""
 
-    PENDING = "pending"  # waits for a worker, a time, a parent or its release
-    PROCESSING = "processing"  # an attempt is under way
-    COMPLETED = "completed"  # an attempt ended well
+    PENDING = "pending"  # it waits for a worker, a time, a parent or its release
+    PROCESSING = "processing"  # an attempt is running
+    COMPLETED = "completed"  # an attempt succeeded
     FAILED = "failed"  # an attempt failed and a retry is due
-    DEAD = "dead"  # retries used up, or never to be retried: the dead letter queue
-    CANCELLED = "cancelled"  # somebody said that it shall not run
+    DEAD = "dead"  # no retry is left, or none is allowed: it is in the dead letter queue
+    CANCELLED = "cancelled"  # a user cancelled it
 
 
 WAITING = (State.PENDING, State.FAILED)
 OPEN = (*WAITING, State.PROCESSING)
-HOPELESS = (State.DEAD, State.CANCELLED)  # what waits for such a job can never run
+HOPELESS = (State.DEAD, State.CANCELLED)  # a job that depends on such a one can never run
 ENDED = (State.COMPLETED, *HOPELESS)
 
 
 class EndReason(enum.Enum):
-    """What brought an attempt to its end."""
+    """Why an attempt ended."""
 
-    EXITED = "exited"  # its command, by itself or by somebody else's signal
-    NOT_STARTED = "not started"  # there was nothing to run
+    EXITED = "exited"  # its command exited, or was killed by a signal that we did not send
+    NOT_STARTED = "not started"  # its command could not be started
     TIMED_OUT = "timed out"
     LOST = "lost"  # its worker died
-    GIVEN_BACK = "given back"  # its worker was told to leave at once
+    GIVEN_BACK = "given back"  # its worker was told to stop at once
     CANCELLED = "cancelled"
 
 
-class Job(NamedTuple):
-    """One row of `jobs`, in the order of its columns. Moments are milliseconds since 1970, UTC."""
+# The results of an attempt that `metrics` counts: where its command exited, whether that completed the job.
+RESULTS = ("completed", "failed", *(reason.value.replace(" ", "_") for reason in EndReason
+                                    if reason is not EndReason.EXITED))  # fmt: skip
 
-    seq: int  # order of enqueueing; never used twice
+
+class Job(NamedTuple):
+    """One row of `jobs`, in the order of its columns. Times are in milliseconds since 1970, UTC."""
+
+    seq: int  # order of enqueueing; never reused
     id: str
     command: str | list[str]  # a line for the shell, or a program and its arguments
     priority: int
-    max_retries: int | None  # None here and in the next two: what the settings say (job_timeout for timeout)
+    max_retries: int | None  # None here and in the next two: the setting holds (job_timeout for timeout)
     timeout: float | None  # seconds
     backoff_base: float | None
     run_at: int | None
@@ -334,11 +339,11 @@ class Job(NamedTuple):
     no_retry_codes: list[int] | None
     snooze: bool
     state: State
-    attempts: int  # attempts that count, the one under way included
+    attempts: int  # attempts that count, with the one that is running
     blockers: int  # parents that have not completed
-    due_at: int | None  # not to be started before; None once that has passed
-    failed_parent: int | None  # seq of the parent that took it along to the dead
-    cancelling: bool  # the attempt under way is to be ended, and the job with it
+    due_at: int | None  # it does not start before; None once that has passed
+    failed_parent: int | None  # seq of the parent whose end made it dead
+    cancelling: bool  # its worker is to end the running attempt and cancel the job
     created_at: int
     updated_at: int
     started_at: int | None  # of the newest attempt
@@ -349,7 +354,7 @@ class Job(NamedTuple):
 
     @property
     def run_tag(self) -> str:
-        """What tells this attempt from every other of this home, in any environment."""
+        """The mark of this attempt in the environment of its processes; unique in this home."""
         return f"{self.seq}.{self.started_at}"
 
 
@@ -359,7 +364,7 @@ _JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
 _FLAG_PLACES = tuple(COLUMNS.index(name) for name in ("hold", "snooze", "cancelling"))
 _MOMENT_PLACES = tuple(COLUMNS.index(name) for name in COLUMNS if name.endswith("_at"))
 _STATE_PLACE = COLUMNS.index("state")
-_from_json = json.JSONDecoder().raw_decode  # json.loads would look for blanks at both ends
+_from_json = json.JSONDecoder().raw_decode  # faster than json.loads, which also skips blanks at both ends
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")  # of a job, a queue, a tag
 
@@ -384,7 +389,7 @@ _LEGAL_TYPES = tuple(_KINDS[name][0] for name in COLUMNS)
 
 
 def job_from_row(row: Sequence[Any]) -> Job:
-    """The job that a row of COLUMNS holds; Damaged where it holds none."""
+    """The job in a row of COLUMNS. Damaged where the row holds none."""
     if not all(map(operator.contains, _LEGAL_TYPES, map(type, row))):
         raise Damaged(f"its row is damaged: {_first_misfit(row)} has a value of the wrong type")
     values = list(row)
@@ -460,7 +465,7 @@ def fitting(row: Sequence[Any], kinds: Sequence[tuple[frozenset[type], Any]]) ->
 
 
 class Attempt(NamedTuple):
-    """What is kept of an attempt that has ended."""
+    """The record of an attempt that has ended."""
 
     number: int  # the job's `attempts` while it ran
     worker: int
@@ -501,7 +506,7 @@ class Outcome(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The jobs that a command is about: those named, those of a tag or a queue, or all."""
+    """The jobs that a command selects: by id, by tag and queue, or all."""
 
     ids: Sequence[str] = ()
     tag: str | None = None
@@ -516,7 +521,7 @@ WORKER_STATES = ("idle", "busy", "stopping")
 
 
 class WorkerRow(NamedTuple):
-    """One row of `workers`, and the job that it has in hand."""
+    """One row of `workers`, and the id of the job that it runs."""
 
     id: int
     pid: int
@@ -532,7 +537,7 @@ class WorkerRow(NamedTuple):
 
     @property
     def state(self) -> str:
-        """What it is doing, one of WORKER_STATES."""
+        """One of WORKER_STATES."""
         return "stopping" if self.stop else "busy" if self.job else "idle"
 
     def takes(self, queue: str) -> bool:
@@ -576,12 +581,12 @@ class Revival(NamedTuple):
 
 
 class WaitReasons(NamedTuple):
-    """What may keep a job from running, besides its own row."""
+    """The facts outside its own row that may keep a job from running."""
 
-    parents: list[str]  # those that have not completed
+    parents: list[str]  # ids of those that have not completed
     paused: bool
     max_running: int | None
-    running: int  # jobs of its queue
+    running: int  # how many jobs of its queue run
     workers: list[WorkerRow]
     revival: Revival = Revival()  # of a dead job that waited for others
     key_holder: str | None = None  # the job that has taken the key of a dead one
@@ -589,9 +594,9 @@ class WaitReasons(NamedTuple):
 
 
 class StopRequest(NamedTuple):
-    """What a worker is told while it runs or waits."""
+    """What others ask of a worker while it runs or waits."""
 
-    registered: bool  # False: it was taken for dead
+    registered: bool  # False: a peer removed its row
     stop: str | None = None
     cancelling: bool = False
 
@@ -844,7 +849,7 @@ def job_json(job: Job) -> dict[str, Any]:
 
 
 class Settings(NamedTuple):
-    """The configuration of a home, with the default of each key."""
+    """The configuration of a home; the values here are the defaults."""
 
     backoff_base: float = 2.0
     backoff_max: float = 0.0
@@ -858,7 +863,7 @@ class Settings(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A config key: how a text is read, how its value is checked."""
+    """A config key: how to parse and check its value."""
 
     parse: Callable[[str], Any]
     check: _Check
@@ -879,7 +884,7 @@ SETTINGS = {
 
 
 def setting_key(name: str) -> str:
-    """The key that a name means: `max-retries` is `max_retries`. NotFound names the nearest."""
+    """The key of a name: `max-retries` is `max_retries`. NotFound suggests the nearest key."""
     key = name.replace("-", "_")
     if key not in SETTINGS:
         raise NotFound(f"no config key {printable(name)!r}{nearest(key, SETTINGS)}")
@@ -887,7 +892,7 @@ def setting_key(name: str) -> str:
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value that a text means for a key; BadInput where it means none."""
+    """The value of a key from a text. BadInput where the text is not valid."""
     key = setting_key(name)
     try:
         return SETTINGS[key].check(SETTINGS[key].parse(text))
@@ -896,7 +901,7 @@ def parse_setting(name: str, text: str) -> Any:
 
 
 class Transition(NamedTuple):
-    """What becomes of a job after an attempt."""
+    """The change of a job's state after an attempt."""
 
     state: State
     attempts: int
@@ -904,16 +909,16 @@ class Transition(NamedTuple):
 
 
 def settings_for(job: Job, settings: Settings) -> Settings:
-    """What holds for a job: what it says itself, and of the rest what the settings say."""
+    """The settings in force for a job: its own values replace those of the home."""
     if job.max_retries is None and job.timeout is None and job.backoff_base is None:
-        return settings  # which is so of most
+        return settings  # the usual case
     own: dict[str, Any]
     own = {"max_retries": job.max_retries, "job_timeout": job.timeout, "backoff_base": job.backoff_base}
     return settings._replace(**{key: value for key, value in own.items() if value is not None})
 
 
 def backoff_s(job: Job, settings: Settings, chance: float) -> float:
-    """Seconds to wait after failed attempt n: base ** n and a random part (chance is 0 to 1), capped."""
+    """Seconds to wait after failed attempt n: base ** n and a random share, capped. `chance` is from 0 to 1."""
     try:
         delay = settings.backoff_base**job.attempts
     except OverflowError:
@@ -923,7 +928,7 @@ def backoff_s(job: Job, settings: Settings, chance: float) -> float:
 
 
 def decide(job: Job, outcome: Outcome, settings: Settings, now: int, chance: float) -> Transition:
-    """What becomes of a job whose attempt ended so. Pure: the time and the dice are given."""
+    """The transition of a job after an attempt. Pure: the caller gives the time and the random number."""
     code = outcome.exit_code
     if outcome.end is EndReason.EXITED and (code == 0 or code in (job.ok_codes or ())):
         return Transition(State.COMPLETED, job.attempts)
@@ -947,13 +952,13 @@ _COLOURS = {"completed": 32, "processing": 36, "failed": 33, "dead": 31, "cancel
 
 
 def coloured(word: str, text: str | None = None) -> str:
-    """A text in the colour of a state; whoever prints takes the colour off where it is not wanted."""
+    """A text in the colour of a state. `echo` removes the colour where the output is no terminal."""
     shown = word if text is None else text
     return f"\x1b[{_COLOURS[word]}m{shown}\x1b[0m" if word in _COLOURS else shown
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
-    """Lines of a table; the last column takes what room is left, the others a quarter of it at the most."""
+    """The lines of a table. A column takes at most a quarter of the width; the last takes the rest."""
     most = max(12, width // 4)
     sizes = [min(most, max(len(row[i]) for row in [head, *rows])) for i in range(len(head) - 1)]
     room = max(10, width - sum(sizes) - 2 * len(sizes))
@@ -987,7 +992,7 @@ class Reason(NamedTuple):
 
 
 def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
-    """The reason of a waiting job, of one whose worker is gone, and for a dead one the remedy alone."""
+    """Why a waiting job does not run, or that the worker of a running one is gone. A dead job has only a remedy."""
     if job.state is State.DEAD:
         return Reason(None, remedy_of_dead(job, obstacles))
     if job.state is State.PROCESSING and all(row.id != job.worker for row in obstacles.workers):
@@ -1051,12 +1056,12 @@ def longer(timeout_s: float) -> str:
 
 
 def nobody_works(workers: Sequence[WorkerRow]) -> str:
-    """Why there is no worker for what waits."""
+    """Why no worker takes jobs."""
     return "every worker is leaving" if workers else "no worker is running"
 
 
 def job_error(job: Job) -> str:
-    """The error of a job as a terminal can show it; empty where there is none."""
+    """The error of a job with control characters escaped; empty where it has none."""
     return printable(job.error or "")
 
 
@@ -1073,7 +1078,8 @@ def job_rows(jobs: Sequence[Job], found: Sequence[WaitReasons], now: int) -> lis
 
 
 JOB_HEAD = ("ID", "STATE", "QUEUE", "PRIO", "TRIES", "CHANGED", "WHY", "COMMAND")
-_SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}  # what a narrow terminal need not show
+# On a narrow terminal a column that holds only this is not shown.
+_SILENT = {"QUEUE": BLANK["queue"], "PRIO": "0", "WHY": "-"}
 
 
 def job_lines(jobs: Sequence[Job], found: Sequence[WaitReasons], more: int, now: int, width: int) -> Iterator[str]:
@@ -1117,7 +1123,7 @@ def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str, p
 
 
 def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
-    """The cells of a job's attempts."""
+    """The cells of the attempts in `show`, a row for each."""
     return [
         [
             str(a.number), str(a.worker), iso_time(a.started_at) or "", duration((a.ended_at - a.started_at) / 1000),
@@ -1129,18 +1135,18 @@ def attempt_rows(history: Sequence[Attempt]) -> list[list[str]]:
 
 
 def worker_counts(workers: Sequence[WorkerRow]) -> dict[str, int]:
-    """How many workers are in each state."""
+    """The number of workers in each state."""
     states = [row.state for row in workers]
     return {state: states.count(state) for state in WORKER_STATES}
 
 
 class Overview(NamedTuple):
-    """The state of a queue at one moment, as `status`, its JSON and Prometheus show it."""
+    """The state of a queue at one moment: the input of `status`, its JSON and Prometheus."""
 
     counts: dict[State, int]
-    workers: list[WorkerRow]  # those that live
+    workers: list[WorkerRow]  # those that are alive
     queues: list[QueueRow]
-    lost: int  # dead workers whose jobs nobody has recovered yet
+    lost: int  # dead workers whose jobs no peer has recovered yet
     recent_timeouts: int  # of the newest failed and dead jobs, those ended by the default time-out that still holds
     stuck: Sequence[str] = ()  # jobs that cannot be ended, why, and what helps
     job_timeout: float = Settings().job_timeout
@@ -1149,7 +1155,7 @@ class Overview(NamedTuple):
 
 
 def status_lines(seen: Overview) -> Iterator[str]:
-    """What `status` prints: where the jobs are, who works, and what to do."""
+    """What `status` prints: jobs by state, workers, and hints."""
     for state, n in seen.counts.items():
         yield f"{coloured(state.value, f'{state.value:11}')} {n}"
     yield f"{'total':11} {sum(seen.counts.values())}"
@@ -1169,7 +1175,7 @@ def status_json(seen: Overview) -> dict[str, Any]:
 
 
 def hints(seen: Overview) -> Iterator[str]:
-    """What stands in the way of the queue, each with the command that helps."""
+    """What keeps the queue from progress, each with the command that helps."""
     yield from (f"! {line}" for line in seen.stuck)
     if seen.lost:
         yield f"! {seen.lost} dead worker(s) left jobs behind; a running worker recovers them: queuectl worker start"
@@ -1243,7 +1249,7 @@ def worker_lines(workers: Sequence[WorkerRow], now: int, width: int) -> Iterator
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """p50, p95 and p99 of some values: the smallest that so many per cent do not exceed."""
+    """p50, p95 and p99 of some values: the smallest value that so many per cent do not exceed."""
     ordered = sorted(values)
     return {
         f"p{p}": round(ordered[math.ceil(p / 100 * len(ordered)) - 1], 3) if ordered else None for p in (50, 95, 99)
@@ -1253,7 +1259,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
 def metrics_json(
     counts: Mapping[State, int], times: Sequence[tuple[int, int, int]], tallies: Mapping[str, float]
 ) -> dict[str, Any]:
-    """How the queue has done."""
+    """`metrics` as JSON. `times` are of completed jobs: when each could run, started and ended."""
     completed, dead = counts[State.COMPLETED], counts[State.DEAD]
     ended = sorted(end for _, _, end in times)
     span_s = max(1.0, (ended[-1] - ended[0]) / 1000) if ended else None
@@ -1266,6 +1272,8 @@ def metrics_json(
         "run_seconds": percentiles([(end - start) / 1000 for _, start, end in times]),
         "jobs_per_second": round(len(ended) / span_s, 3) if span_s else None,
         "attempts": int(tallies["run count"]),
+        "attempts_by_result": {result: int(tallies[f"result {result}"]) for result in RESULTS},
+        "retries": int(tallies["retries"]),
         "cpu_seconds": round(tallies["run cpu"], 3),
     }
 
@@ -1285,27 +1293,72 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     yield f"Throughput: {'-' if speed is None else f'{speed:g} jobs/s'} over the newest completed jobs"
 
 
-def prometheus_lines(seen: Overview, tallies: Mapping[str, float]) -> Iterator[str]:
-    """The same for Prometheus, in its text exposition format."""
-    yield "# HELP queuectl_jobs Jobs in each state."
-    yield "# TYPE queuectl_jobs gauge"
-    for queue in seen.queues:
-        for state, n in queue.counts.items():
-            yield f'queuectl_jobs{{queue="{queue.name}",state="{state.value}"}} {n}'
-    yield "# HELP queuectl_workers Workers in each state."
-    yield "# TYPE queuectl_workers gauge"
-    yield from (f'queuectl_workers{{state="{state}"}} {n}' for state, n in worker_counts(seen.workers).items())
-    yield "# HELP queuectl_cpu_seconds_total CPU time of all attempts."
-    yield "# TYPE queuectl_cpu_seconds_total counter"
-    yield f"queuectl_cpu_seconds_total {tallies['run cpu']}"
-    for kind, what in (("wait", "From when a job could first run to its first start."), ("run", "Time of an attempt.")):
-        name = f"queuectl_{kind}_seconds"
-        yield f"# HELP {name} {what}"
-        yield f"# TYPE {name} histogram"
-        yield from (f'{name}_bucket{{le="{bucket}"}} {int(tallies[f"{kind} {bucket}"])}' for bucket in BUCKETS_S)
-        yield f'{name}_bucket{{le="+Inf"}} {int(tallies[f"{kind} count"])}'
-        yield f"{name}_sum {tallies[f'{kind} sum']}"
-        yield f"{name}_count {int(tallies[f'{kind} count'])}"
+def prometheus_lines(
+    seen: Overview, tallies: Mapping[str, float], oldest: Mapping[str, int], now: int, versions: Mapping[str, str]
+) -> Iterator[str]:
+    """`metrics` in Prometheus' text format. `oldest` holds for each queue since when its first job waits."""
+    yield from family("queuectl_build_info", "gauge", "Always 1; the labels name versions.", [(versions, 1)])
+    jobs = [({"queue": row.name, "state": state.value}, n) for row in seen.queues for state, n in row.counts.items()]
+    yield from family("queuectl_jobs", "gauge", "Jobs in each state.", jobs)
+    workers = [({"state": state}, n) for state, n in worker_counts(seen.workers).items()]
+    yield from family("queuectl_workers", "gauge", "Workers in each state.", workers)
+    yield from queue_families(seen.queues, oldest, now)
+    results = [({"result": result}, tallies[f"result {result}"]) for result in RESULTS]
+    yield from family("queuectl_attempts_total", "counter", "Attempts that have ended, by how.", results)
+    for name, text, tally in (
+        ("timeouts", "Attempts that their time-out ended.", "result timed_out"),
+        ("retries", "Attempts that came after a failed one of the same job.", "retries"),
+        ("cpu_seconds", "CPU time of all attempts.", "run cpu"),
+    ):
+        yield from family(f"queuectl_{name}_total", "counter", text, [({}, tallies[tally])])
+    yield from histogram("queuectl_wait_seconds", _WAIT_TEXT, tallies, "wait {}", [{}])
+    yield from histogram("queuectl_run_seconds", "Time of an attempt.", tallies, "run {}", [{}])
+    by_queue = [{"queue": row.name} for row in seen.queues]
+    yield from histogram("queuectl_queue_wait_seconds", _WAIT_TEXT, tallies, "wait {} {queue}", by_queue)
+
+
+_WAIT_TEXT = "From when a job could first run to its first start."
+
+
+def queue_families(queues: Sequence[QueueRow], oldest: Mapping[str, int], now: int) -> Iterator[str]:
+    """The metrics of each queue besides its jobs."""
+    ages = [({"queue": row.name}, max(0, now - oldest.get(row.name, now)) / 1000) for row in queues]
+    text = "How long the first of the jobs that only wait for a worker has waited; 0 where there is none."
+    yield from family("queuectl_queue_oldest_waiting_seconds", "gauge", text, ages)
+    paused = [({"queue": row.name}, int(row.paused)) for row in queues]
+    yield from family("queuectl_queue_paused", "gauge", "1 where a queue is paused.", paused)
+    limits = [({"queue": row.name}, row.max_running) for row in queues if row.max_running is not None]
+    yield from family("queuectl_queue_limit", "gauge", "How many jobs of a limited queue may run at once.", limits)
+
+
+def family(name: str, kind: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> Iterator[str]:
+    """The lines of a counter or a gauge: a sample for each set of labels."""
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind}"
+    yield from (sample(name, labels, value) for labels, value in samples)
+
+
+def histogram(
+    name: str, text: str, tallies: Mapping[str, float], tally: str, several: Iterable[Mapping[str, str]]
+) -> Iterator[str]:
+    """The lines of a histogram: buckets, sum and count for each set of labels. `tally` is the pattern of a name."""
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} histogram"
+    for labels in several:
+
+        def of(what: object, labels: Mapping[str, str] = labels) -> float:
+            return tallies.get(tally.format(what, **labels), 0)
+
+        yield from (sample(f"{name}_bucket", {**labels, "le": str(bucket)}, of(bucket)) for bucket in BUCKETS_S)
+        yield sample(f"{name}_bucket", {**labels, "le": "+Inf"}, of("count"))
+        yield sample(f"{name}_sum", labels, of("sum"))
+        yield sample(f"{name}_count", labels, of("count"))
+
+
+def sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    """The line of one value. No label needs escapes: the values are names of queues and states, and versions."""
+    shown = ",".join(f'{label}="{text}"' for label, text in labels.items())
+    return f"{name}{{{shown}}} {plain(value)}" if shown else f"{name} {plain(value)}"
 
 
 def service_unit(python: str, program: str, home: str) -> str:
@@ -1314,11 +1367,13 @@ def service_unit(python: str, program: str, home: str) -> str:
 Description=queuectl worker %i
 
 [Service]
-Environment="QUEUECTL_HOME={home}"
-ExecStart="{python}" "{program}" worker start --foreground
-# SIGTERM goes to the worker alone: it finishes its job and leaves.
+Environment={_unit_word(f"QUEUECTL_HOME={home}")}
+ExecStart={_unit_word(python)} {_unit_word(program).replace("$", "$$")} worker start --foreground
+# A stop sends SIGTERM to the worker alone, which finishes its job and leaves; what is left then is killed.
 KillMode=mixed
 TimeoutStopSec=infinity
+# A job that is killed for want of memory fails; its worker goes on.
+OOMPolicy=continue
 Restart=on-failure
 
 [Install]
@@ -1326,8 +1381,14 @@ WantedBy=default.target
 """
 
 
+def _unit_word(text: str) -> str:
+    """A word in quotes for a unit file, escaped: see systemd.syntax(7), and of `%` systemd.unit(5)."""
+    escaped = printable(text.replace("\\", "\\\\")).replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
+
+
 class ManEntry(NamedTuple):
-    """A command as the manual page describes it: its options as pairs of how one types them and what they do."""
+    """A command for the manual page; `options` are pairs of usage and meaning."""
 
     usage: str
     help: str
@@ -1426,8 +1487,15 @@ def man_page(version: str, commands: Iterable[ManEntry]) -> Iterator[str]:
         yield from lines
 
 
+def install_lines(path: str, instance: str) -> Iterator[str]:
+    """What `service --install` prints: where the unit is, and what starts it."""
+    yield f"{printable(path)} is there; start it:"
+    yield "  systemctl --user daemon-reload"
+    yield f"  systemctl --user enable --now {instance}"
+
+
 def how_ended(job: Job) -> str:
-    """A job that did not complete, and why."""
+    """A line about a job that did not complete, with its error."""
     return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
 
 
@@ -1440,11 +1508,11 @@ def error_line(job: Job, history: Sequence[Attempt], number: int | None) -> str 
 
 
 def exit_code_of(job: Job, last: Attempt | None) -> int:
-    """What a shell would give for how a job ended: its exit code, 128 + signal, 124 where it timed out."""
+    """The exit code that a shell gives for such an end: the job's own, 128 + signal, 124 after a time-out."""
     if job.state is State.COMPLETED:
         return 0
     if job.state is State.CANCELLED and not (last and last.ended_by == EndReason.CANCELLED.value):
-        return 1  # while it did not run
+        return 1  # it was cancelled while it did not run
     if last and last.ended_by == EndReason.TIMED_OUT.value:
         return EX_TIMED_OUT
     if job.exit_code is None and last and last.signal:
@@ -1453,7 +1521,7 @@ def exit_code_of(job: Job, last: Attempt | None) -> int:
 
 
 def exit_code_of_all(counts: Mapping[State, int] | None) -> int:
-    """The same for several jobs: 0 where all completed; None is what a wait gives at its time-out."""
+    """The exit code for several jobs: 0 where all completed. `counts` is None where the wait timed out."""
     if counts is None:
         return EX_TIMED_OUT
     return int(any(counts[state] for state in HOPELESS))
@@ -1975,6 +2043,17 @@ def _states_in(states: Sequence[State]) -> str:
 
 
 IS_WAITING, IS_OPEN, IS_HOPELESS = map(_states_in, (WAITING, OPEN, HOPELESS))
+_TALLIES = {  # what `metrics` sums over all attempts, each by its name; those of waits are also kept for each queue
+    "run count": "count(run)",
+    "run sum": "total(run)",
+    "run cpu": "total(cpu_s)",
+    **{f"run {bucket}": f"total(run <= {bucket})" for bucket in BUCKETS_S},
+    "wait count": "count(wait)",
+    "wait sum": "total(wait)",
+    **{f"wait {bucket}": f"total(wait <= {bucket})" for bucket in BUCKETS_S},
+    "retries": "total(is_retry)",
+    **{f"result {result}": f"total(result = '{result}')" for result in RESULTS},
+}
 
 
 def _json_or_null(value: Sequence[Any] | None) -> str | None:
@@ -2220,7 +2299,7 @@ class Queries:
         )
 
     def tallies(self) -> dict[str, float]:
-        """Return sums over all ended attempts, also those of removed jobs, by name."""
+        """Return sums over all ended attempts, also those of removed jobs, by name (see `_TALLIES`)."""
         tallies = self.tallies_of(None)
         for name, value in self._db.all("SELECT name, value FROM removed_tallies"):
             tallies[name] = tallies.get(name, 0) + value
@@ -2228,22 +2307,49 @@ class Queries:
 
     def tallies_of(self, seqs: Sequence[int] | None) -> dict[str, float]:
         """Return the same sums over the attempts of these jobs, or of all jobs that are stored (None)."""
-        buckets = ", ".join(f"coalesce(sum(s <= {bucket}), 0)" for bucket in BUCKETS_S)
         which = "1" if seqs is None else "job IN (SELECT value FROM json_each(:seqs))"
-        tallies: dict[str, float] = {}
-        for kind, seconds in (("run", "ended_at - started_at"), ("wait", "started_at - since")):
-            row = self._db.one(
-                f"""SELECT count(*), coalesce(sum(s), 0), coalesce(sum(cpu), 0), {buckets} FROM (
-                    SELECT max(0, {seconds}) / 1000.0 AS s, cpu_s AS cpu FROM (
-                        SELECT attempts.*, max(jobs.created_at, coalesce(jobs.run_at, 0)) AS since
-                        FROM attempts JOIN jobs ON jobs.seq = attempts.job
-                        WHERE (:kind = 'run' OR n = 1) AND {which}))""",
-                kind=kind,
-                seqs=_json_or_null(seqs),
-            )
-            tallies |= {f"{kind} count": row[0], f"{kind} sum": row[1], f"{kind} cpu": row[2]}
-            tallies |= {f"{kind} {bucket}": n for bucket, n in zip(BUCKETS_S, row[3:], strict=True)}
+        rows = self._db.all(
+            f"""SELECT queue, {", ".join(_TALLIES.values())} FROM (
+                SELECT jobs.queue, max(0, ended_at - attempts.started_at) / 1000.0 AS run, cpu_s,
+                    CASE WHEN n = 1 THEN
+                        max(0, attempts.started_at - max(created_at, coalesce(run_at, 0))) / 1000.0 END AS wait,
+                    CASE WHEN ended_by <> 'exited' THEN replace(ended_by, ' ', '_')
+                        WHEN attempts.exit_code = 0 OR attempts.error IS NULL THEN 'completed'
+                        ELSE 'failed' END AS result,
+                    number > 1 AND ended_by <> 'given back' AS is_retry
+                FROM attempts JOIN jobs ON jobs.seq = attempts.job WHERE {which}) GROUP BY queue""",
+            seqs=_json_or_null(seqs),
+        )
+        tallies: dict[str, float] = dict.fromkeys(_TALLIES, 0)
+        for queue, *values in rows:
+            for name, value in zip(_TALLIES, values, strict=True):
+                tallies[name] += value
+                if name.startswith("wait"):
+                    tallies[f"{name} {queue}"] = value
         return tallies
+
+    def oldest_waiting(self, now: int) -> dict[str, int]:
+        """By queue: since when the first of its jobs that only wait for a worker could have run.
+
+        Read are the first job of each priority in the index of ready jobs and, of the jobs whose time has come and
+        which no claim has seen yet, the thousand that came due first: so the cost is that of the priorities in use.
+        """
+        rows = self._db.all(
+            f"""WITH RECURSIVE firsts(queue, priority, seq) AS (
+                SELECT best.queue, best.priority, best.seq FROM (SELECT DISTINCT queue FROM counts WHERE {IS_WAITING})
+                    AS waiting JOIN jobs AS best ON best.seq = (SELECT seq FROM jobs
+                        WHERE ready AND queue = waiting.queue ORDER BY priority DESC, seq LIMIT 1)
+                UNION ALL SELECT next.queue, next.priority, next.seq FROM firsts JOIN jobs AS next ON next.seq = (
+                    SELECT seq FROM jobs WHERE ready AND queue = firsts.queue AND priority < firsts.priority
+                    ORDER BY priority DESC, seq LIMIT 1))
+            SELECT queue, min(since) FROM (
+                SELECT jobs.queue, max(created_at, coalesce(run_at, 0)) AS since FROM firsts JOIN jobs USING (seq)
+                UNION ALL SELECT * FROM (SELECT queue, due_at FROM jobs
+                    WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0 AND due_at <= :now
+                    ORDER BY due_at LIMIT 1000)) GROUP BY queue""",
+            now=now,
+        )
+        return dict(rows)
 
     def recent_timeouts(self, job_timeout: float, most: int = 1000) -> tuple[int, list[Job]]:
         """Of the newest failed and of the newest dead jobs, those that a time-out ended that still holds.
@@ -2574,19 +2680,24 @@ class Changes:
             columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
         with self._db.writing():
             chosen = self._queries.choose(which, WAITING, "edited")
-            for job in chosen:
-                if "max_retries" in spec:
-                    self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
-                try:
-                    self._db.run(
-                        f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
-                    )
-                except Conflict:
-                    raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
-                if "after" in spec:
-                    self._db.run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
-                    self._jobs.add_dependencies(job.seq, job.id, spec["after"] or (), now)
+            ran = [job.seq for job in chosen if job.started_at] if {"queue", "run_at"} & spec.keys() else []
+            with self._keeping_tallies(ran):
+                for job in chosen:
+                    self._edit_one(job, columns, values, spec, now)
         return [job.id for job in chosen]
+
+    def _edit_one(self, job: Job, columns: str, values: Mapping[str, Any], spec: Spec, now: int) -> None:
+        if "max_retries" in spec:
+            self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
+        try:
+            self._db.run(
+                f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
+            )
+        except Conflict:
+            raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
+        if "after" in spec:
+            self._db.run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
+            self._jobs.add_dependencies(job.seq, job.id, spec["after"] or (), now)
 
     def _refuse_overdrawn(self, job: Job) -> None:
         """Raise QueueError for a job that has already used more attempts than it would be allowed."""
@@ -2688,13 +2799,23 @@ class Changes:
 
     def _remove(self, seqs: Sequence[int]) -> None:
         """Remove jobs, and keep their contribution to the tallies, which never decrease."""
-        for name, value in self._queries.tallies_of(seqs).items():
-            self._db.run(
-                "INSERT INTO removed_tallies VALUES (:name, :value) ON CONFLICT DO UPDATE SET value = value + :value",
-                name=name, value=value,
-            )  # fmt: skip
-        for seq in seqs:
-            self._db.run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
+        with self._keeping_tallies(seqs):
+            for seq in seqs:
+                self._db.run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
+
+    @contextlib.contextmanager
+    def _keeping_tallies(self, seqs: Sequence[int]) -> Iterator[None]:
+        """Whatever happens to these jobs inside the block, the tallies stay as they are: a counter never goes down."""
+        before = self._queries.tallies_of(seqs)
+        yield
+        after = self._queries.tallies_of(seqs)
+        for name in before | after:
+            if value := before.get(name, 0) - after.get(name, 0):
+                self._db.run(
+                    """INSERT INTO removed_tallies VALUES (:name, :value)
+                        ON CONFLICT DO UPDATE SET value = value + :value""",
+                    name=name, value=value,
+                )  # fmt: skip
 
 
 class Workers:
@@ -2707,7 +2828,7 @@ class Workers:
         self, pid: int, host: str, queues: Sequence[str] | None, drain: bool, now: int,
         open_signs: Callable[[int], _Result], is_alive: Callable[[WorkerRow], bool], process: str | None = None,
     ) -> tuple[WorkerRow, _Result]:  # fmt: skip
-        """Register a worker with the lowest free slot. Its signs of life are there before any process can see its row."""
+        """Register a worker with the lowest free slot. Its signs of life are there before its row can be seen."""
         with self._db.writing():
             taken = {row.slot for row in self.all() if is_alive(row)}
             slot = next(n for n in range(1, len(taken) + 2) if n not in taken)
@@ -3150,6 +3271,7 @@ def is_for_a_queue(directory: str) -> bool:
 #     become_worker        make this process a worker: signals, descriptors, orphans
 #     start_detached       start a worker process that outlives its parent
 #     leave_job            take a worker that a job starts out of that job's attempt
+#     HAS_SYSTEMD          may systemd start workers here? `service` is for that
 
 if sys.platform == "win32":
     import ctypes
@@ -3506,16 +3628,32 @@ if sys.platform == "win32":
                 _limit(self._job, 0)
             _kernel32.CloseHandle(wintypes.HANDLE(self._job))
 
+    def _start_with_retries(start: Callable[[], _Result]) -> _Result:
+        """The process that `start` creates, after at most two retries.
+
+        ERROR_INTERNAL_ERROR means that the new process ended before it ran any of its own code (Wine has this now and
+        then). A retry is safe.
+        """
+        error_internal_error = 1359
+        for _ in range(2):
+            try:
+                return start()
+            except OSError as error:
+                if error.winerror != error_internal_error:
+                    raise
+            time.sleep(0.1)
+        return start()
+
     def _start_suspended(
         line: str | list[str], cwd: str, env: Mapping[str, str], stdin: int | None, output: BinaryIO
     ) -> subprocess.Popen[bytes]:
         """A process that has not begun; of variables that differ in case alone, the last one counts."""
         spelled = {name.upper(): (name, value) for name, value in env.items()}
-        return subprocess.Popen(
+        return _start_with_retries(lambda: subprocess.Popen(
             line, cwd=cwd, env=dict(spelled.values()),
             stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=output, stderr=output,
             creationflags=_HIDDEN | _CREATE_SUSPENDED,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _shell_line(command: str) -> str:
         """The command line by which cmd.exe runs a line as it is: /s takes off just the outer quotes."""
@@ -3608,11 +3746,11 @@ if sys.platform == "win32":
         return cast(TextIO, process.stdout)
 
     def _start_worker(home: Home, arguments: Sequence[str], flags: int) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        return _start_with_retries(lambda: subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), *arguments], cwd=os.path.splitdrive(home.path)[0] + "\\",
             env={**os.environ, "QUEUECTL_HOME": home.path}, text=True, errors="replace", creationflags=flags,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def leave_job(arguments: Sequence[str]) -> None:
         """Let the workers that a job starts leave the job object of its attempt."""
@@ -3621,6 +3759,8 @@ if sys.platform == "win32":
             _limit(job, _KILL_ON_JOB_CLOSE | _BREAKAWAY_OK)
             _kernel32.CloseHandle(wintypes.HANDLE(job))
         os.environ[RUN_TAG] = NO_ATTEMPT
+
+    HAS_SYSTEMD = False
 
 else:
     import fcntl
@@ -4412,6 +4552,8 @@ else:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
             os.execve(sys.executable, command, {**os.environ, RUN_TAG: NO_ATTEMPT})
 
+    HAS_SYSTEMD = os.uname().sysname == "Linux"
+
 
 # ======================================================================== home
 
@@ -4548,6 +4690,30 @@ def is_regular(path: str) -> bool:
         return False
 
 
+def install_unit(name: str, text: str, force: bool) -> str:
+    """Write a systemd user unit to where its owner's systemd looks for it; where that is.
+
+    QueueError where another of that name is there, unless it is to be replaced.
+    """
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    path = os.path.join(config, "systemd", "user", name)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if os.path.exists(path) and not force and not _holds(path, text):
+            raise QueueError(f"{path} is there already and differs; to replace it: --force")
+        with open(f"{path}.part", "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        os.replace(f"{path}.part", path)
+    except OSError as error:
+        raise QueueError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _holds(path: str, text: str) -> bool:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read() == text
+
+
 def size_of(path: str) -> int:
     """Bytes in a file; none where there is no file."""
     try:
@@ -4592,6 +4758,11 @@ def host_name() -> str:
     import socket
 
     return socket.gethostname()
+
+
+def python_version() -> str:
+    """Of the interpreter that runs this."""
+    return sys.version.split()[0]
 
 
 def wants_colour() -> bool | None:
@@ -6299,6 +6470,12 @@ def refuse_both(one: str | bool, other: str | bool) -> None:
         raise BadInput(f"{one} and {other} exclude each other")
 
 
+def refuse_without(other: str, has_other: bool, one: str | bool) -> None:
+    """BadInput where an option was given that means something only with another, which was not."""
+    if one and not has_other:
+        raise BadInput(f"{one} goes only with {other}")
+
+
 def width() -> int:
     """Columns of the terminal; wide enough for everything where it is not one."""
     return terminal_columns() if sys.stdout.isatty() else 10_000
@@ -7090,7 +7267,10 @@ def metrics_command(home: Home, store: Store, prometheus: bool, as_json: bool) -
     """Show how many jobs did well, how long they waited and ran."""
     refuse_both(prometheus and "--prometheus", as_json and "--json")
     if prometheus:
-        echo(prometheus_lines(overview(home, store), store.queries.tallies()))
+        now = now_ms()
+        versions = {"version": __version__, "python": python_version(), "sqlite": sqlite_version()}
+        oldest = store.queries.oldest_waiting(now)
+        echo(prometheus_lines(overview(home, store), store.queries.tallies(), oldest, now, versions))
         return
     found = metrics_json(store.queries.counts(), store.queries.times(), store.queries.tallies())
     answer(as_json, found, shown_here(metrics_lines(found)))
@@ -7180,9 +7360,23 @@ def completion_command(shell: str) -> None:
 
 
 @cli.command("service")
-def service_command() -> None:
-    """Print a systemd user unit that runs a worker."""
-    echo([service_unit(sys.executable, here(__file__), open_home().path)])
+@click.option("--install", is_flag=True, help="Write it to where systemd looks for it.")
+@click.option("--force", is_flag=True, help="With --install: replace another.")
+def service_command(install: bool, force: bool) -> None:
+    """Print a systemd user unit that runs a worker, or install it."""
+    refuse_without("--install", install, force and "--force")
+    refuse_without_systemd()
+    unit = service_unit(sys.executable, here(__file__), open_home().path)
+    if install:
+        echo(install_lines(install_unit("queuectl@.service", unit, force), "queuectl@1"))
+    else:
+        click.echo(unit, nl=False)
+
+
+def refuse_without_systemd() -> None:
+    """QueueError on a system that knows no units."""
+    if not HAS_SYSTEMD:
+        raise QueueError("units are for systemd on Linux; here let what starts programs run: queuectl worker start")
 
 
 @cli.command("man")

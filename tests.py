@@ -1036,8 +1036,47 @@ def test_tallies_never_go_down(home: Home) -> None:
     same((before["run count"], round(before["run sum"], 3), before["run cpu"]), (4, 2.8, 2.0))
     home.store.changes.purge_dead(q.EVERY_JOB)
     list(home.store.changes.prune(q.ENDED, 10**15, dry_run=False))
-    same(({k: round(v, 6) for k, v in home.store.queries.tallies().items()}, home.store.queries.jobs()),
-         ({k: round(v, 6) for k, v in before.items()}, []))  # fmt: skip
+    same(({k: round(v, 6) for k, v in home.store.queries.tallies().items() if v}, home.store.queries.jobs()),
+         ({k: round(v, 6) for k, v in before.items() if v}, []))  # fmt: skip
+
+
+def test_tallies_stay_though_a_job_is_edited(home: Home) -> None:
+    """A job that has run and then gets another queue or time takes nothing away from any counter."""
+    home.add(id="a", queue="one", backoff_base=0.001)
+    home.sql("UPDATE jobs SET created_at = created_at - 5000")
+    home.store.jobs.finish(home.claim(home.worker_row()), exited(1), q.Settings(), q.now_ms())
+    before = home.store.queries.tallies()
+    same((before["wait count one"], before["wait 1"], before["wait 10"], before["result failed"]), (1, 0, 1, 1))
+    home.run("edit", "a", "--queue", "two")
+    home.run("edit", "a", "--run-at", "2100-01-01")
+    after = home.store.queries.tallies()
+    same({name: value for name, value in before.items() if after.get(name, 0) < value}, {})
+
+
+def test_tallies_count_attempts_by_result_and_retries(home: Home) -> None:
+    """Each attempt is counted once by how it ended; those after a failed one of the same job are retries."""
+    home.add(id="a", ok_codes=[3], max_retries=9)
+    worker = home.worker_row()
+    ends = (exited(1), q.Outcome(q.EndReason.TIMED_OUT, error="x"), q.Outcome(q.EndReason.GIVEN_BACK, error="x"),
+            q.Outcome(q.EndReason.LOST, error="x"), q.Outcome(q.EndReason.EXITED, 3))  # fmt: skip
+    for outcome in ends:
+        home.sql("UPDATE jobs SET due_at = NULL")
+        home.store.jobs.finish(home.claim(worker), outcome, q.Settings(), q.now_ms())
+    found = home.json("metrics")
+    wanted = dict.fromkeys(q.RESULTS, 0) | dict.fromkeys(("failed", "timed_out", "given_back", "lost", "completed"), 1)
+    same((found["attempts_by_result"], found["retries"], found["attempts"]), (wanted, 3, 5))
+
+
+def test_oldest_waiting_is_found_whatever_its_priority(home: Home) -> None:
+    """Of each queue the first job that waits for nothing but a worker; what is due counts, what is held does not."""
+    ages = {"a1": 10, "a2": 50, "a3": 40, "b1": 99, "b2": 7, "c1": 30}
+    now = q.now_ms()
+    home.add_all({"command": "x", "id": id, "queue": id[0], "priority": -int(id[1]), "hold": id == "b1"} for id in ages)
+    for id, age_s in ages.items():
+        home.sql(f"UPDATE jobs SET created_at = {now - age_s * 1000} WHERE id = '{id}'")
+    home.sql(f"UPDATE jobs SET due_at = {now - 5000}, run_at = {now - 5000} WHERE id = 'c1'")
+    same({queue: now - since for queue, since in home.store.queries.oldest_waiting(now).items()},
+         {"a": 50_000, "b": 7000, "c": 5000})  # fmt: skip
 
 
 def test_could_run_is_what_a_draining_worker_stays_for(home: Home) -> None:
@@ -1831,6 +1870,36 @@ def test_program_with_blanks_in_its_path_fails_with_what_to_do(home: Home) -> No
     same((a.exit_code, b.exit_code, b.error, c.error), (127, 7, "exit code 7", "exit code 127"))
     row = next(line for line in home.out("list").splitlines() if line.startswith("a "))
     assert "exit code 127  " in row and "enqueue" not in row, row
+
+
+@windows
+@alone
+def test_platform_starts_a_process_again_that_ended_before_it_began(home: Home) -> None:
+    """The system's "internal error" at the start of a process costs no attempt; what stays wrong is said."""
+    import ctypes
+
+    real, left = q.subprocess.Popen, [ctypes.WinError(1359), ctypes.WinError(1359)]
+
+    def popen(*words: Any, **options: Any) -> Any:
+        if left:
+            raise left.pop()
+        return real(*words, **options)
+
+    def start() -> q.Process:
+        return q.Process(["cmd", "/c", "exit 3"], str(home.work), dict(os.environ), home.home.log("a"), "t@h")
+
+    q.subprocess.Popen = popen
+    try:
+        process = start()
+        same(until(process.poll).exit_code, 3)
+        process.close()
+        for error in (ctypes.WinError(1359), ctypes.WinError(2)):
+            left.extend([error] * 3)
+            with refuses(OSError):
+                start()
+        same(len(left), 2)  # any other error is final at once
+    finally:
+        q.subprocess.Popen = real
 
 
 @posix
@@ -2821,7 +2890,7 @@ def test_durations_and_moments_read_well() -> None:
 def test_metrics_are_those_of_the_request() -> None:
     """The four lines of the request, a rate of completed and dead, null where there is none."""
     counts = dict.fromkeys(q.State, 0) | {q.State.COMPLETED: 8, q.State.DEAD: 2}
-    tallies = {"run count": 12, "run cpu": 1.5}
+    tallies = {"run count": 12, "run cpu": 1.5, "retries": 2, **{f"result {result}": 0.0 for result in q.RESULTS}}
     found = q.metrics_json(counts, [(0, n * 1000, n * 3000) for n in range(1, 101)], tallies)
     lines = list(q.metrics_lines(found))
     same(lines[:4], ["📊 Total jobs: 10", "✅ Completed: 8", "☠️ Dead: 2", "Success rate: 80.0%"])
@@ -3032,6 +3101,18 @@ def test_json_of_status_and_metrics_is_as_the_contract_says(home: Home) -> None:
     found = home.json("metrics")
     same((found["total"], found["completed"], found["dead"], found["success_rate"]), (1, 0, 0, None))
     same((set(found["wait_seconds"]), set(found["run_seconds"])), ({"p50", "p95", "p99"},) * 2)
+
+
+def test_metrics_prometheus_has_nothing_that_promtool_minds(home: Home) -> None:
+    """Where Prometheus is installed, its own checker takes `metrics --prometheus` without a word."""
+    checker = shutil.which("promtool")
+    if not checker:
+        raise Skip("promtool is not here")
+    home.add(queue="slow")
+    home.run("queue", "limit", "slow", "3")
+    text = home.out("metrics", "--prometheus")
+    ran = subprocess.run([checker, "check", "metrics"], input=text, capture_output=True, text=True)
+    same((ran.returncode, ran.stdout + ran.stderr), (0, ""))
 
 
 def test_enqueue_prints_ids_one_a_line(home: Home) -> None:
@@ -3520,18 +3601,61 @@ def typed_into(home: Home, shell: str, bin: Path, lines: list[str]) -> None:
         os.close(master)
 
 
-def test_completion_and_service_print_what_they_are_for(home: Home) -> None:
-    """`completion` prints a shell's script, `service` a systemd unit for this home."""
-    assert "_QUEUECTL_COMPLETE" in home.out("completion", "zsh")
-    unit = home.out("service")
-    assert "--foreground" in unit and str(home.path) in unit, unit
+def test_completion_prints_a_script() -> None:
+    """`completion` prints a script for each shell, which asks queuectl by its variable."""
+    for shell in ("bash", "zsh", "fish"):
+        assert "_QUEUECTL_COMPLETE" in in_process("completion", shell)[1]
+
+
+@posix
+def test_service_prints_a_unit_that_systemd_takes(home: Home) -> None:
+    """`service` prints a unit for this home, whatever its path holds; where systemd is, it takes it without a word."""
     verifier = shutil.which("systemd-analyze")
-    if verifier:  # where systemd is, it takes the unit without a word
-        path = home.path.parent / "queuectl@1.service"
-        path.write_text(unit)
-        env = {**home.env, "XDG_RUNTIME_DIR": str(path.parent)}
-        ran = subprocess.run([verifier, "--user", "verify", path], capture_output=True, text=True, env=env)
-        same((ran.returncode, ran.stdout + ran.stderr), (0, ""))
+    for name in ("home", 'with "blank" 50%i \\x $HOME'):
+        path = home.root / name
+        unit = home.out("service", env={"QUEUECTL_HOME": str(path)})
+        assert "--foreground" in unit and "OOMPolicy=continue" in unit, unit
+        if verifier:
+            file = home.root / "queuectl@1.service"
+            file.write_text(unit)
+            env = {**home.env, "XDG_RUNTIME_DIR": str(home.root)}
+            ran = subprocess.run([verifier, "--user", "verify", file], capture_output=True, text=True, env=env)
+            same((ran.returncode, ran.stdout + ran.stderr), (0, ""))
+
+
+def test_service_unit_escapes_what_systemd_would_read() -> None:
+    """Per cent signs, quotes, backslashes and dollars in paths reach the program as they are."""
+    unit = q.service_unit("/opt/a b/python", '/srv/100%/"q"/$x.py', "/home/b\\c/%h")
+    assert 'Environment="QUEUECTL_HOME=/home/b\\\\c/%%h"\n' in unit, unit
+    assert 'ExecStart="/opt/a b/python" "/srv/100%%/\\"q\\"/$$x.py" worker start --foreground\n' in unit, unit
+
+
+@posix
+def test_service_install_writes_the_unit_once(home: Home) -> None:
+    """`service --install` writes the unit, says what starts it, and replaces another only with --force."""
+    config = home.root / "config"
+    unit = config / "systemd" / "user" / "queuectl@.service"
+    env = {"XDG_CONFIG_HOME": str(config)}
+    if not q.HAS_SYSTEMD:
+        raise Skip("systemd is for Linux")
+    for _ in range(2):  # again is no error: it is there as it shall be
+        said = home.out("service", "--install", env=env)
+        same([line.strip() for line in said.splitlines() if "systemctl" in line],
+             ["systemctl --user daemon-reload", "systemctl --user enable --now queuectl@1"])  # fmt: skip
+        same((str(unit) in said, unit.read_text()), (True, home.out("service")))
+    unit.write_text("mine")
+    assert "--force" in home.fails("service", "--install", env=env)
+    same(unit.read_text(), "mine")
+    home.run("service", "--install", "--force", env=env)
+    same((unit.read_text(), os.listdir(unit.parent)), (home.out("service"), [unit.name]))
+    home.fails("service", "--force", code=2)
+
+
+@windows
+def test_service_says_that_it_is_for_systemd(home: Home) -> None:
+    """Where there is no systemd, `service` is one line that says so."""
+    for words in (["service"], ["service", "--install"]):
+        assert "systemd" in home.fails(*words)
 
 
 def test_module_runs_as_the_program_does(home: Home) -> None:
@@ -5834,13 +5958,23 @@ def test_metrics_prometheus_reads_them(home: Home) -> None:
 
     home.add()
     home.add("exit 1", max_retries=0)
+    home.add(queue="slow", hold=True)
+    home.run("queue", "limit", "slow", "3")
+    home.run("queue", "pause", "slow")
     home.start()
     until(lambda: home.store.queries.counts()[q.State.DEAD] and home.store.queries.counts()[q.State.COMPLETED])
     families = {family.name: family for family in parse(home.out("metrics", "--prometheus"))}
-    jobs = {sample.labels["state"]: sample.value for sample in families["queuectl_jobs"].samples}
-    same((jobs["completed"], jobs["dead"]), (1, 1))
+    of = {name: {tuple(s.labels.values()): s.value for s in family.samples} for name, family in families.items()}
+    jobs = of["queuectl_jobs"]
+    same((jobs["default", "completed"], jobs["default", "dead"], jobs["slow", "pending"]), (1, 1, 1))
     runs = {sample.name: sample.value for sample in families["queuectl_run_seconds"].samples}
     same((families["queuectl_run_seconds"].type, runs["queuectl_run_seconds_count"]), ("histogram", 2))
+    results = {name: n for (name,), n in of["queuectl_attempts"].items() if n}
+    same((results, families["queuectl_attempts"].type), ({"completed": 1, "failed": 1}, "counter"))
+    same((of["queuectl_queue_limit"], of["queuectl_queue_paused"]),
+         ({("slow",): 3}, {("default",): 0, ("slow",): 1}))  # fmt: skip
+    waits = {s.labels["queue"]: s.value for s in families["queuectl_queue_wait_seconds"].samples if "_count" in s.name}
+    same((waits, list(of["queuectl_build_info"].values())), ({"default": 2, "slow": 0}, [1]))
 
 
 @dev

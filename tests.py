@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of queuectl: `python tests.py [--long] [--dev] [NAME or part of a name]...`
+"""Tests of queuectl: `python tests.py [--long | --quick] [--dev] [NAME or part of a name]...`
 
 Each test has a temporary home of its own, waits for conditions and never for a time, and leaves no
 process behind. Needs click; with --dev (those tests alone) also hypothesis and prometheus-client.
@@ -39,7 +39,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -87,6 +87,12 @@ def alone(test: Test) -> Test:
     return test
 
 
+def slow(test: Test) -> Test:
+    """Takes long: left out with --quick, as are those that run alone."""
+    test.slow = True  # type: ignore[attr-defined]
+    return test
+
+
 def same(got: Any, wanted: Any) -> None:
     """Fail and show both unless they are equal."""
     assert got == wanted, f"\n     got {got!r}\n  wanted {wanted!r}"
@@ -125,11 +131,13 @@ class Home:
 
     # -- the command line
 
-    def popen(self, *args: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
-        """Start a command of queuectl."""
+    def popen(
+        self, *args: str, env: dict[str, str] | None = None, before: Sequence[str] = (), **options: Any
+    ) -> subprocess.Popen[Any]:
+        """Start a command of queuectl, with the words of a tool before it."""
         where: dict[str, Any] = {"cwd": self.work, "env": {**self.env, **(env or {})}}
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([*PROGRAM, *args], **{**where, **pipes, **options})
+        return subprocess.Popen([*before, *PROGRAM, *args], **{**where, **pipes, **options})
 
     def run(self, *args: str, stdin: str | bytes = "", code: int = 0, **options: Any) -> Ran:
         """Run a command of queuectl to its end, which must have that exit code and be orderly."""
@@ -4137,6 +4145,67 @@ def is_well(home: Home) -> None:
     same(home.store.queries.counts(), {state: rows[state] for state in q.State})
 
 
+@functools.cache
+def refusal(*words: str) -> str:
+    """Why a tool of the system is of no use here; empty where it works."""
+    if not shutil.which(words[0]):
+        return f"{words[0]} is not installed"
+    ran = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=DEADLINE_S)
+    why = " ".join(ran.stderr.splitlines()[-1:])
+    return f"the system does not permit {words[0]}: {why}" if ran.returncode else ""
+
+
+def needs(*words: str) -> None:
+    """Skip the test unless that works."""
+    if reason := refusal(*words):
+        raise Skip(reason)
+
+
+WRITES = "pwrite64,fdatasync,fsync,ftruncate"  # the system calls by which SQLite writes, its shared memory included
+
+
+def straced(log: Path, inject: str = "") -> list[str]:
+    """The words before a command that log its writes, and what it starts, and inject a fault into one of them."""
+    needs("strace", "-f", "-qq", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=1", "true")
+    words = ["strace", "-f", "-qq", "-o", str(log), "-e", f"trace={WRITES},execve"]
+    return [*words, *(["-e", f"inject={inject}"] if inject else [])]
+
+
+def faked_clock(home: Home, offset: str) -> dict[str, str]:
+    """The environment of a process that sees another time of day, which `turn_clock` changes; elapsed time is true."""
+    found = [*Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), *Path("/usr/lib").glob("faketime/libfaketime.so.1")]
+    if not found:
+        raise Skip("faketime is not installed")
+    turn_clock(home, offset)
+    clock = {"FAKETIME_TIMESTAMP_FILE": str(home.work / "faketime"), "FAKETIME_NO_CACHE": "1"}
+    return {**home.env, "LD_PRELOAD": str(found[0]), "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1", **clock}
+
+
+def turn_clock(home: Home, offset: str) -> None:
+    """Set the clock of those that have a faked one: `+2h`, `-1d`, `+0`."""
+    (home.work / "faketime.new").write_text(f"{offset}\n")
+    (home.work / "faketime.new").rename(home.work / "faketime")
+
+
+def namespaced() -> list[str]:
+    """The words before a command that put it into a PID namespace of its own, whose first process it is."""
+    words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    needs(*words, "true")
+    return words
+
+
+def as_nobody(home: Home) -> list[str]:
+    """The words before a command that make it an ordinary user's; the files of the test become that user's."""
+    words = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs"]
+    needs(*words, "true")
+    home.root.chmod(0o755)
+    for path in (home.root, *home.root.rglob("*")):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    home.env |= {"HOME": str(home.work), "USER": "nobody", "LOGNAME": "nobody"}
+    needs(*words, *PROGRAM, "--version")  # what runs the tests may be root's alone
+    return words
+
+
 # ---- what holds whatever happens: chaos
 
 CHAOS_JOB = r"""
@@ -5519,6 +5588,395 @@ def test_long_writer_is_named_to_who_enqueues(home: Home) -> None:
     same([job["id"] for job in home.json("list")], ["a"])
 
 
+# ---- what holds whatever happens: a write that fails or is the last
+
+
+class Fault(NamedTuple):
+    """What becomes of one system call: the n-th of its name."""
+
+    call: str
+    nth: int
+    how: str
+
+    def injection(self) -> str:
+        """In strace's words. A full disk stays so for two calls, one that fails does so once."""
+        which = f"{self.nth}..{self.nth + 1}" if self.how == "ENOSPC" else str(self.nth)
+        return f"{self.call}:{'signal' if self.how == 'KILL' else 'error'}={self.how}:when={which}"
+
+
+class Calls(NamedTuple):
+    """The writes in a log of strace, each with its number among those of its name: before and after the first job."""
+
+    before: list[tuple[str, int]]
+    after: list[tuple[str, int]]
+
+
+def calls_in(log: str) -> Calls:
+    """What a process wrote, and not what it started."""
+    calls, numbers, is_after = Calls([], []), collections.Counter[str](), False
+    for pid, name in re.findall(r"^(\d+) +(\w+)\(", log, re.MULTILINE):
+        if not log.startswith(f"{pid} "):
+            is_after = is_after or name == "execve"
+        elif name != "execve":
+            numbers[name] += 1
+            calls[is_after].append((name, numbers[name]))
+    return calls
+
+
+def faults_at(calls: list[tuple[str, int]]) -> list[Fault]:
+    """About 25 faults, evenly spread; with --long all of them. What waits for the disk is rare: each of it fails."""
+    every = [Fault(*call, how) for call in calls for how in ("EIO", "ENOSPC", "KILL")]
+    step = 1 if LONG else -(-len(every) // 25)
+    step += step > 1 and step % 3 == 0  # so that each kind of fault comes
+    return [fault for n, fault in enumerate(every) if n % step == 0 or (fault.call, fault.how) == ("fdatasync", "EIO")]
+
+
+def struck(
+    home: Home, words: Callable[[int], list[str]], part: Callable[[Calls], list[tuple[str, int]]]
+) -> Iterator[tuple[int, Ran]]:
+    """A command, first whole and then with a fault each time in another of its writes: the number and how it ended.
+
+    It ends with 0, or with one line and 1, or dies where the fault is a kill. `words` makes it ready and names it.
+    """
+    log = home.root / "strace.log"
+
+    def ended(n: int, inject: str = "") -> tuple[Ran, str]:
+        args = words(n)
+        home.store.close()
+        del home.__dict__["store"]
+        return finished(home.popen(*args, before=straced(log, inject))), log.read_text()
+
+    clean, said = ended(0)
+    same((clean.code, "INJECTED" in said), (0, False))
+    yield 0, clean
+    faults, hits = faults_at(part(calls_in(said))), 0
+    assert len(faults) > 10, f"too few writes to let fail: {said}"
+    for n, fault in enumerate(faults, 1):
+        ran, said = ended(n, fault.injection())
+        is_killed = "killed by SIGKILL" in said
+        hits += is_killed or "INJECTED" in said
+        wanted = (-signal.SIGKILL,) if is_killed else (0, 1)
+        assert ran.code in wanted and "Traceback" not in ran.err, (fault, ran.code, ran.out, ran.err)
+        assert ran.code != 1 or re.fullmatch(r"Error: [^\n]+\n", ran.err), (fault, ran.err)
+        yield n, ran
+    assert hits > len(faults) // 2, f"only {hits} of {faults} happened"
+
+
+def is_sound(home: Home) -> None:
+    """The file is whole, and counters and links are right."""
+    same((home.store.upkeep.damage(), home.store.upkeep.miscounts()), ([], []))
+
+
+def work_off(home: Home) -> None:
+    """Let a healthy worker do all that is left, and see to what others left behind."""
+    home.run("worker", "start", "--foreground", "--drain")
+    same(home.store.workers.all(), [])
+
+
+def states_of(home: Home, *ids: str) -> list[str]:
+    """The states of jobs; nothing for those that there are not."""
+    states = dict(home.sql("SELECT id, state FROM jobs"))
+    return [states[id] for id in ids if id in states]
+
+
+RUN_TOLD = "echo s$QUEUECTL_ATTEMPT >> $QUEUECTL_JOB_ID.run; echo e$QUEUECTL_ATTEMPT >> $QUEUECTL_JOB_ID.run"
+
+
+def ran_honestly(home: Home, id: str, fails_with: str = "died while it ran") -> list[str | None]:
+    """A job completed, no run of it overlapped another, and each is an attempt; the errors of its attempts."""
+    job, account, errors = home.job(id), " ".join(home.lines(f"{id}.run")), errors_of(home, id)
+    assert re.fullmatch(r"(?:s(\d+)(?: e\1)? ?)*", account), account
+    runs = [int(number) for number in re.findall(r"s(\d+)", account)]
+    same((job.state, job.attempts, runs), (q.State.COMPLETED, len(errors), sorted(set(runs))))
+    same((runs[-1], errors[-1]), (job.attempts, None))
+    assert all("died while it ran" in str(error) or fails_with in str(error) for error in errors[:-1]), errors
+    return errors
+
+
+def worker_survives(
+    home: Home, ready: Callable[[str], object], part: Callable[[Calls], list[tuple[str, int]]], lost: int = 0
+) -> None:
+    """A worker whose writes fail does its job all the same; of one that was killed, the next does it.
+
+    `lost` attempts were lost before.
+    """
+
+    def words(n: int) -> list[str]:
+        ready(f"w{n}")
+        return ["worker", "start", "--foreground", "--drain"]
+
+    for n, ran in struck(home, words, part):
+        if ran.code:  # killed, or refused before it was up
+            work_off(home)
+        errors = ran_honestly(home, f"w{n}")
+        assert len(errors) - 1 - lost in ((0, 1) if ran.code < 0 else (0,)), (n, ran.code, ran.err, errors)
+        is_sound(home)
+    is_well(home)
+
+
+@posix
+@slow
+def test_worker_whose_writes_of_a_claim_fail_loses_nothing(home: Home) -> None:
+    """A write fails, or is the last, between a worker's start and its job's: the job runs as often as is noted."""
+    worker_survives(home, lambda id: home.add(RUN_TOLD, id=id), lambda calls: calls.before)
+
+
+@posix
+@slow
+def test_worker_whose_writes_of_a_result_fail_keeps_it(home: Home) -> None:
+    """A write fails, or is the last, after a job has ended: the worker keeps its result, and runs nothing again."""
+    worker_survives(home, lambda id: home.add(RUN_TOLD, id=id), lambda calls: calls.after)
+
+
+@posix
+@slow
+def test_worker_whose_writes_of_a_recovery_fail_recovers_all_the_same(home: Home) -> None:
+    """A write fails, or is the last, while a dead worker's job is recovered: it runs, and the lost attempt counts."""
+
+    def ready(id: str) -> None:
+        home.add(RUN_TOLD, id=id, backoff_base=0.01)
+        same(home.claim(home.worker_row()).id, id)
+
+    worker_survives(home, ready, lambda calls: calls.before, lost=1)
+
+
+@posix
+@slow
+def test_enqueue_whose_writes_fail_tells_the_truth(home: Home) -> None:
+    """A write fails, or is the last, of an `enqueue`: what it printed is stored, what it says is not stored is not."""
+    # Another process holds the database open, and is killed then: whoever comes next reads all that is in the WAL.
+    hold = "store = q.open_store(sys.argv[1])\nprint('open', file=sys.stderr, flush=True)\nuntil('never')"
+    holders: list[Child] = []
+
+    def words(n: int) -> list[str]:
+        holders.append(child(home, hold, home.home.database))
+        says(holders[-1], "open")
+        return ["enqueue", "--id", f"e{n}", "--", RUN_TOLD]
+
+    for n, ran in struck(home, words, lambda calls: calls.before):
+        holders[-1].kill()
+        killed(holders.pop())
+        is_stored = bool(states_of(home, f"e{n}"))
+        assert ran.out in ("", f"e{n}\n") and (is_stored or not ran.out), (n, ran.out)
+        assert not is_stored or "nothing" not in ran.err, (n, ran.err)
+        assert ran.code or ran.out, n
+        is_sound(home)
+    work_off(home)
+    for job in home.store.queries.jobs():
+        same(ran_honestly(home, job.id), [None])
+
+
+@posix
+@slow
+def test_cancel_whose_writes_fail_is_whole_or_not_at_all(home: Home) -> None:
+    """A write fails, or is the last, of a `cancel` of a family: all of it is cancelled, or none, as it says."""
+
+    def words(n: int) -> list[str]:
+        home.add_all([{"command": RUN_TOLD, "id": f"p{n}"}, {"command": RUN_TOLD, "id": f"c{n}", "after": [f"p{n}"]}])
+        return ["cancel", f"p{n}"]
+
+    for n, ran in struck(home, words, lambda calls: calls.before):
+        is_done = states_of(home, f"p{n}", f"c{n}") != ["pending", "pending"]
+        same(states_of(home, f"p{n}", f"c{n}"), ["cancelled", "dead"] if is_done else ["pending", "pending"])
+        assert is_done or ran.code, n
+        assert not is_done or "nothing" not in ran.err, (n, ran.err)
+        is_sound(home)
+    work_off(home)
+    ran_ids = {path.stem for path in home.work.glob("*.run")}
+    same(ran_ids, {job.id for job in home.store.queries.jobs() if job.state is q.State.COMPLETED})
+    is_well(home)
+
+
+@posix
+@slow
+def test_prune_whose_writes_fail_removes_no_log_of_what_stays(home: Home) -> None:
+    """A write fails, or is the last, of a `prune`: no job that is left has lost its log, and the next one goes on."""
+
+    def words(n: int) -> list[str]:
+        home.store.close()
+        with contextlib.closing(sqlite3.connect(home.home.database)) as db, db:
+            db.executemany(
+                "INSERT INTO jobs (id, command, cwd, state, attempts, created_at, updated_at, finished_at, exit_code) "
+                "VALUES (?, '\"true\"', '/', 'completed', 1, 1000, 1000, 1000, 0)",
+                [(f"r{n}.{each}",) for each in range(3)],
+            )
+        for each in range(3):
+            Path(home.home.log(f"r{n}.{each}")).write_text("output")
+        return ["prune", "--older-than", "1d"]
+
+    home.run("status")
+    home.add(id="stays")
+    for n, ran in struck(home, words, lambda calls: calls.before):
+        left = [id for (id,) in home.sql("SELECT id FROM jobs WHERE id <> 'stays'")]
+        assert not left or ran.code, (n, left)
+        same([id for id in left if not os.path.exists(home.home.log(id))], [])
+        assert left or "nothing" not in ran.err, (n, ran.err)
+        is_sound(home)
+    home.run("prune", "--older-than", "1d")
+    same([job["id"] for job in home.json("list")], ["stays"])
+
+
+@posix
+@slow
+def test_restore_whose_writes_fail_leaves_the_old_queue_or_the_new(home: Home) -> None:
+    """A write fails, or is the last, of `backup --restore`: the queue is whole, and the one before or the copy."""
+    home.add_all([{"command": RUN_TOLD, "id": f"a{n}"} for n in range(20)])
+    home.run("backup", "copy")
+    old, new = {"a0", "b0"}, {f"a{n}" for n in range(20)}
+    numbers: list[Any] = []  # the last that was given to a job, which none may have again
+
+    def words(n: int) -> list[str]:
+        with home.store.db.writing():
+            home.store.db.run("DELETE FROM jobs")
+            home.store.db.run("DELETE FROM counts")
+        home.add_all([{"command": RUN_TOLD, "id": id} for id in sorted(old)])
+        numbers.append(home.sql("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"))
+        return ["backup", "--restore", "copy"]
+
+    for n, ran in struck(home, words, lambda calls: calls.before):
+        found = {id for (id,) in home.sql("SELECT id FROM jobs")}
+        assert found == new or (found == old and ran.code), (n, ran.code, ran.err, found)
+        assert found == old or "nothing" not in ran.err, (n, ran.err)
+        same(home.sql("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") >= numbers[-1], True)
+        is_sound(home)
+    home.run("backup", "--restore", "copy")
+    work_off(home)
+    same({job.id for job in home.store.queries.jobs() if job.state is q.State.COMPLETED}, new)
+    is_well(home)
+
+
+# ---- what holds whatever happens: other clocks, other process ids, other users
+
+
+# libfaketime takes the absolute end of a sleep, as Python gives it, for a time of its own reckoning.
+SLEEPS = """
+import select
+time.sleep = lambda seconds: select.select([], [], [], seconds)
+"""
+
+
+def wrong_worker(home: Home, offset: str) -> Child:
+    """A worker whose time of day is wrong by that much; `turn_clock` sets it."""
+    return child(home, SLEEPS + SERVE, env={**faked_clock(home, offset), "PYTHONPATH": str(HERE)})
+
+
+def with_wrong_clock(home: Home, offset: str) -> None:
+    """A worker starts at a wrong time of day, dies, and one that has the right time goes on."""
+    retried = home.add("[ $QUEUECTL_ATTEMPT -gt 1 ]")
+    cut = home.add("sleep 600", timeout=0.5, max_retries=0)
+    with wrong_worker(home, offset) as worker:
+        same((home.ended(retried).state, home.job(retried).attempts), (q.State.COMPLETED, 2))
+        error = home.ended(cut).error or ""
+        assert "time" in error and 0.5 <= duration_of(home.history(cut)[0]) < DEADLINE_S, (error, home.history(cut))
+        later = home.add("[ $QUEUECTL_ATTEMPT -gt 1 ]", backoff_base=3)
+        until(lambda: home.state(later) == "failed")
+        lost = home.add("echo s$QUEUECTL_ATTEMPT >> account; [ $QUEUECTL_ATTEMPT -gt 1 ] || exec sleep 600")
+        until(lambda: home.lines("account") == ["s1"])
+        for words in (["status"], ["list"], ["show", lost], ["metrics"], ["wait", "--timeout", "0.1", retried]):
+            home.run(*words)
+        worker.kill()
+    home.start()
+    same([home.ended(id).attempts for id in (lost, later)], [2, 2])
+    same((home.lines("account"), errors_of(home, lost)), (["s1", "s2"], ["worker 1 died while it ran", None]))
+    home.run("worker", "stop")
+    is_well(home)
+
+
+def duration_of(attempt: q.Attempt) -> float:
+    """How long an attempt took by the clock of its worker."""
+    return (attempt.ended_at - attempt.started_at) / 1000
+
+
+@posix
+def test_clock_two_hours_ahead_at_a_workers_start_does_no_harm(home: Home) -> None:
+    """A worker at +2 h retries, times out and is recovered as any other; what is due by its clock runs, once."""
+    due, not_due = home.add(RUN_TOLD, id="due", delay=3600), home.add(delay=86400)
+    with_wrong_clock(home, "+2h")
+    same((ran_honestly(home, due), home.state(not_due)), ([None], "pending"))
+
+
+@posix
+def test_clock_a_day_behind_at_a_workers_start_does_no_harm(home: Home) -> None:
+    """A worker at -1 d retries, times out and is recovered as any other; what is due by no clock does not run."""
+    not_due = home.add(delay=3600)
+    with_wrong_clock(home, "-1d")
+    same(home.state(not_due), "pending")
+
+
+@posix
+def test_clock_that_jumps_fires_nothing_twice_and_ends_nobody(home: Home) -> None:
+    """The clock jumps to and fro under three workers, one of which is killed: only its job runs once more."""
+    home.run("config", "set", "backoff_base", "0.2")
+    told = RUN_TOLD.replace("; ", "; sleep 0.2; ")
+    plain = home.add_all([{"command": told, "id": f"plain{n}"} for n in range(12)])
+    fails = home.add_all([{"command": f"{told}; [ $QUEUECTL_ATTEMPT -gt 1 ]", "id": f"fails{n}"} for n in range(6)])
+    plain.append(home.add(told, id="delayed", delay=3600))
+    runs = home.add(waits_for("go"), timeout=600, max_retries=0, priority=1)
+    with wrong_worker(home, "+0"), wrong_worker(home, "+0"), wrong_worker(home, "+0"):
+        until(lambda: len(living(home)) == 3 and home.state(runs) == "processing")
+        for number, offset in enumerate(["+2h", "-1d", "+0", "+400d", "-2h", "+0"] * 2, 1):
+            turn_clock(home, offset)
+            until(lambda count=number: completed(home, count))
+            if number == 6:
+                os.kill(next(row.pid for row in living(home) if row.job != runs), signal.SIGKILL)
+        touch(home, "go")
+        home.run("wait", *plain, *fails, runs, "--timeout", "60")
+        same((home.job(runs).state, home.job(runs).attempts, len(living(home))), (q.State.COMPLETED, 1, 2))
+        errors = [error for id in (*plain, *fails) for error in ran_honestly(home, id, "exit code 1")]
+        lost = sum("died" in (error or "") for error in errors)
+        assert lost <= 1 and errors.count(None) == 19 and 6 - lost <= errors.count("exit code 1") <= 6, errors
+        home.run("worker", "stop")
+    is_well(home)
+
+
+@posix
+def test_namespace_of_a_dead_worker_is_gone_and_its_job_runs_outside(home: Home) -> None:
+    """A worker that is killed with its PID namespace: its job is recovered outside, and nothing runs twice at once."""
+    id = home.add("echo s$QUEUECTL_ATTEMPT >> account; [ $QUEUECTL_ATTEMPT -gt 1 ] || exec sleep 600")
+    inside = home.popen("worker", "start", "--foreground", before=namespaced())
+    try:
+        until(lambda: home.lines("account") == ["s1"])
+        same([row["state"] for row in home.json("worker", "list")], ["busy"])
+    finally:
+        inside.kill()
+        until(lambda: not living(home), "nobody is left in the namespace")  # whose process ids mean others here
+    home.start()
+    same((home.ended(id).attempts, home.lines("account")), (2, ["s1", "s2"]))
+    same(errors_of(home, id), ["worker 1 died while it ran", None])
+    is_well(home)
+
+
+@posix
+def test_namespace_of_a_worker_does_not_keep_it_from_being_stopped(home: Home) -> None:
+    """A worker in a PID namespace does jobs and leaves as it is told from outside."""
+    inside = home.popen("worker", "start", "--foreground", before=namespaced())
+    try:
+        same(home.ended(home.add()).state, q.State.COMPLETED)
+        home.run("worker", "stop", "--timeout", "60")
+        same(finished(inside).code, 0)
+    finally:
+        inside.kill()
+        until(lambda: not living(home))
+    is_well(home)
+
+
+@posix
+def test_user_without_rights_has_all_that_root_has(home: Home) -> None:
+    """An ordinary user enqueues, works, loses a worker to `kill -9` and has its job ended and tried again."""
+    words = as_nobody(home)
+    line = "id -u >> account; [ $QUEUECTL_ATTEMPT -gt 1 ] || { setsid sleep 600 & exec sleep 600; }"
+    same(home.out("enqueue", "--id", "a", "--", line, before=words), "a\n")
+    home.run("worker", "start", "--count", "2", before=words)
+    until(lambda: home.lines("account") == ["65534"] and len(attempts_running(home)) >= 2)
+    [busy] = [row["pid"] for row in home.json("worker", "list", before=words) if row["job"]]
+    os.kill(busy, signal.SIGKILL)
+    home.run("wait", "a", "--timeout", "60", before=words)
+    same((home.lines("account"), attempts_running(home)), (["65534"] * 2, {}))
+    same({path.stat().st_uid for path in home.path.rglob("*")}, {65534})
+    home.run("worker", "stop", before=words)
+    assert "all is well" in home.out("doctor", before=words)
+
+
 # ---- what holds whatever happens: input
 
 
@@ -6499,6 +6957,7 @@ def main(words: list[str]) -> int:
         for name, test in globals().items()
         if name.startswith("test_") and hasattr(test, "dev") == ("--dev" in words)
         and (not parts or any(part in name for part in parts))
+        and not ("--quick" in words and (hasattr(test, "alone") or hasattr(test, "slow")))
     }  # fmt: skip
     ended = run_tests({name: test for name, test in chosen.items() if getattr(test, "here", True)})
     verdicts = collections.Counter(ended.values())

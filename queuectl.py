@@ -3265,6 +3265,7 @@ def is_for_a_queue(directory: str) -> bool:
 #     refuse_too_long      refuse a command or an environment that no process can be given here
 #     program_problem      why a file that is there cannot be run
 #     is_shell_word        does only a shell know a word?
+#     in_one_word          words as one word that a shell is given
 #     Leftovers            what a dead worker's attempt left running
 #     memory_kills         how many processes the system has ended for want of memory; 0 on Windows
 #   worker processes
@@ -3704,6 +3705,10 @@ if sys.platform == "win32":
     def is_shell_word(word: str) -> bool:
         """Does only cmd.exe know a word?"""
         return bool(_SHELL_WORDS.fullmatch(word.lower()))
+
+    def in_one_word(words: Sequence[str]) -> str:
+        """Words as one word, as it is typed in cmd.exe."""
+        return subprocess.list2cmdline([subprocess.list2cmdline(words)])
 
     class Leftovers:
         """What a dead worker's attempt left running: the system ends it with the worker, here we wait until it has."""
@@ -4451,6 +4456,10 @@ else:
         """Does only a shell know a word?"""
         return bool(_SHELL_WORDS.fullmatch(word))
 
+    def in_one_word(words: Sequence[str]) -> str:
+        """Words as one word, as it is typed in a shell."""
+        return command_line([command_line(list(words))])
+
     class Leftovers:
         """What a dead worker's attempt left running.
 
@@ -4821,12 +4830,12 @@ def leaving_at_once() -> Iterator[None]:
         os._exit(exit_status(code))
 
 
-def here(directory: str = "") -> str:
-    """A directory as seen from where we are, `~` expanded."""
+def here(directory: str = "", otherwise: str = "give --cwd with a whole path") -> str:
+    """A path as seen from where we are, `~` expanded."""
     try:
         return os.path.abspath(expanded(directory, "give the whole path") or os.curdir)
     except FileNotFoundError:
-        raise QueueError("the current directory is gone; go elsewhere, or give --cwd with a whole path") from None
+        raise QueueError(f"the current directory is gone; go elsewhere, or {otherwise}") from None
 
 
 def with_values(words: Sequence[str]) -> tuple[str, ...]:
@@ -5289,7 +5298,7 @@ def start_failure(error: OSError | ValueError, job: Job, path: str) -> Outcome:
 
 def why_not_found(words: Sequence[str]) -> str:
     """What to say of a program that is nowhere, and which is perhaps something that only a shell knows."""
-    one_word = f"queuectl enqueue -- {command_line([command_line(list(words))])}"
+    one_word = f"queuectl enqueue -- {in_one_word(words)}"
     if re.match(r"[A-Za-z_]\w*=", words[0]):
         return f"only a shell sets variables so; for the shell give the line as one word: {one_word}"
     if is_shell_word(words[0]):
@@ -7206,7 +7215,7 @@ def config_get_command(home: Home, store: Store, key: str, as_json: bool) -> Non
 def config_set_command(home: Home, store: Store, key: str, value: str, as_json: bool) -> None:
     """Set a key; it reaches running workers with their next job."""
     parsed = parse_setting(key, value)
-    if isinstance(parsed, str):  # a hook
+    if isinstance(parsed, str):  # a hook, which is a line for the shell
         refuse_too_long(parsed, {})
     store.config.set(setting_key(key), parsed)
     echo_setting(setting_key(key), parsed, as_json)
@@ -7248,7 +7257,7 @@ def doctor_command(home: Home, store: Store, repair: bool, as_json: bool) -> int
 @with_store
 def backup_command(home: Home, store: Store, file: str, restore: bool, as_json: bool) -> None:
     """Copy the queue to a file while workers run, or restore it from one."""
-    refuse_own(home, file)
+    refuse_own(home, here(file, "name the file with its whole path"))
     if restore:
         restore_copy(home, store, require_file(file))
     else:

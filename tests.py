@@ -2063,6 +2063,10 @@ def test_enqueue_from_a_directory_that_is_gone(home: Home) -> None:
         same((words, ran.returncode), (words, code))
         assert code == 0 or "--cwd with a whole path" in ran.stderr, ran.stderr
     same({job.cwd for job in home.store.queries.jobs()}, {"/"})
+    here.mkdir(exist_ok=True)
+    script = f"cd {here} && rmdir {here} && {shlex.join([*PROGRAM, 'backup', 'copy.db'])}"
+    ran = subprocess.run(["/bin/sh", "-c", script], env=home.env, capture_output=True, text=True)
+    same((ran.returncode, "current directory is gone" in ran.stderr), (1, True))
 
 
 @posix

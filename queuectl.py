@@ -6438,7 +6438,7 @@ def opened() -> Iterator[tuple[Home, Store]]:
         try:
             yield home, store
         except OutputFailed as error:
-            error.effect = "what was asked for is done" if store.db.commits else ""
+            error.effect = "what was asked for is done all the same" if store.db.commits else ""
             raise
 
 

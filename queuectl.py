@@ -421,7 +421,13 @@ def _wrong_moment(values: Sequence[Any]) -> str | None:
 
 
 def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+    """Is it a list of texts, one at least?"""
+    return isinstance(value, list) and bool(value) and all(type(word) is str and _is_unicode(word) for word in value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Is it text, and not bytes that were taken for it?"""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _wrong_value(job: Job) -> str | None:
@@ -430,14 +436,16 @@ def _wrong_value(job: Job) -> str | None:
         return "id"
     if not job.queue.isprintable() or not (job.tag is None or job.tag.isprintable()):
         return "queue or tag"
-    if type(job.command) is not str and not _is_words(job.command):
+    if not _is_words([job.command] if type(job.command) is str else job.command):
         return "command"
     if job.timeout is not None and not 0 <= job.timeout < math.inf:
         return "timeout"
     if job.backoff_base is not None and not 0 < job.backoff_base < math.inf:
         return "backoff_base"
-    if job.env is not None and not (type(job.env) is dict and all(type(value) is str for value in job.env.values())):
+    if job.env is not None and not (type(job.env) is dict and _is_words(["", *job.env.values()])):
         return "env"
+    if not _is_words([job.cwd, job.key or "", *(job.env or ())]):
+        return "cwd, key or env"
     if any(codes is not None and type(codes) is not list for codes in (job.after, job.ok_codes, job.no_retry_codes)):
         return "after, ok_codes or no_retry_codes"
     return None
@@ -1702,13 +1710,15 @@ def _domain_error(path: str, error: Exception) -> QueueError:
     if isinstance(error, UnicodeEncodeError):
         return BadInput("what was given is not valid Unicode")
     path = printable(path)
-    if "json" in text and "no such" in text:
+    if "json_array" in text:
         return StoreError(f"needs an SQLite with its JSON functions; this Python's {sqlite3.sqlite_version} has none")
     if _is_busy(error):
         return StoreBusy(f"another program holds {path}; try again when it is done")
     if "full" in text or "disk I/O" in text:  # SQLite reports a shared memory file that cannot grow as an I/O error
         return StoreError(f"cannot use {path}, its disk is full or failing ({text})")
-    is_damage = ("not a database", "malformed", "no such", "decode", "too big")
+    if "decode to" in text:
+        return Damaged(f"{path} holds bytes that are no text, as damage leaves them; look: queuectl doctor")
+    is_damage = ("not a database", "malformed", "no such", "too big")
     if isinstance(error, UnicodeDecodeError) or any(words in text for words in is_damage):
         return Damaged(f"{path} is damaged ({text}); move it away, or put a backup in its place")
     return StoreError(f"cannot use {path}: {text}")
@@ -1885,7 +1895,8 @@ class Database:
 
     def all(self, sql: str, **values: Any) -> list[Any]:
         """Return all rows of a statement."""
-        return self._until_free(lambda: self._connection.execute(sql, values).fetchall())
+        changes = "RETURNING" in sql
+        return self._until_free(lambda: self._connection.execute(sql, values).fetchall(), changes)
 
     def rows(self, sql: str) -> Iterator[Any]:
         """Yield the rows of a statement one by one, for large results."""
@@ -1911,7 +1922,7 @@ class Database:
         except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(self.path, error) from error
 
-    def _until_free(self, action: Callable[[], _Result]) -> _Result:
+    def _until_free(self, action: Callable[[], _Result], changes: bool = True) -> _Result:
         """What an action gives, tried again until nobody else holds the database or the busy timeout is over.
 
         SQLite itself would sleep for 1 ms at least, where a worker holds the lock for a tenth of that, and then
@@ -1926,7 +1937,7 @@ class Database:
             except sqlite3.IntegrityError as error:
                 raise Conflict(str(error)) from error
             except (sqlite3.Error, UnicodeError) as error:
-                if self._learns_to_decode(error):
+                if self._learns_to_decode(error) and not changes:
                     continue
                 if not _is_busy(error) or left_s <= 0:
                     raise _domain_error(self.path, error) from error
@@ -1935,15 +1946,15 @@ class Database:
             pause_s = min(2 * pause_s, most_s)
 
     def _learns_to_decode(self, error: Exception) -> bool:
-        """Take any bytes for text from now on, where some were none; may the statement be run again?
+        """Take any bytes for text from now on, where some were none: is it worth another try?
 
         sqlite3's own decoding is faster, and bytes that are no text are rare. A statement that has changed
-        something already is not run again, its transaction is.
+        something already must not be run again; a worker runs its whole transaction again.
         """
         if "decode to UTF-8" not in str(error) or self._connection.text_factory is not str:
             return False
         self._connection.text_factory = _any_text
-        return not self._connection.in_transaction
+        return True
 
     # ---- change notice and durability
 

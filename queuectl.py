@@ -362,10 +362,10 @@ COLUMNS = Job._fields
 JSON_COLUMNS = ("command", "env", "after", "ok_codes", "no_retry_codes")
 _JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
 _FLAG_PLACES = tuple(COLUMNS.index(name) for name in ("hold", "snooze", "cancelling"))
-_MOMENT_PLACES = tuple(COLUMNS.index(name) for name in COLUMNS if name.endswith("_at"))
 _STATE_PLACE = COLUMNS.index("state")
 _from_json = json.JSONDecoder().raw_decode  # faster than json.loads, which also skips blanks at both ends
 
+_LAST_MS = MAX_SECONDS * 1000
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")  # of a job, a queue, a tag
 
 # The types that each kind of column may hold, and what stands in for any other.
@@ -385,13 +385,12 @@ _KINDS = (
         _INTEGER_OR_NULL,
     )
 )
-_LEGAL_TYPES = tuple(_KINDS[name][0] for name in COLUMNS)
 
 
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job in a row of COLUMNS. Damaged where the row holds none."""
-    if not all(map(operator.contains, _LEGAL_TYPES, map(type, row))):
-        raise Damaged(f"its row is damaged: {_first_misfit(row)} has a value of the wrong type")
+    if misfit := _misfit(tuple(map(type, row))):
+        raise Damaged(f"its row is damaged: {misfit} has a value of the wrong type")
     values = list(row)
     try:
         for place in _JSON_PLACES:
@@ -403,21 +402,15 @@ def job_from_row(row: Sequence[Any]) -> Job:
     for place in _FLAG_PLACES:
         values[place] = bool(values[place])
     job = Job._make(values)
-    wrong = _wrong_value(job) or _wrong_moment(values)
-    if wrong:
+    if not _is_plain(job) and (wrong := _wrong_value(job)):
         raise Damaged(f"its row is damaged: {wrong} has a value that it cannot have")
     return job
 
 
-def _first_misfit(row: Sequence[Any]) -> str:
-    return next(name for name, value in zip(COLUMNS, row, strict=True) if type(value) not in _KINDS[name][0])
-
-
-def _wrong_moment(values: Sequence[Any]) -> str | None:
-    for place in _MOMENT_PLACES:
-        if values[place] is not None and not 0 <= values[place] <= MAX_SECONDS * 1000:
-            return COLUMNS[place]
-    return None
+@functools.lru_cache(256)  # rows are of few shapes, and a worker looks at one for each job
+def _misfit(types: tuple[type, ...]) -> str | None:
+    """The first column whose value is of a type that it cannot have."""
+    return next((name for name, kind in zip(COLUMNS, types, strict=True) if kind not in _KINDS[name][0]), None)
 
 
 def _is_words(value: Any) -> bool:
@@ -428,6 +421,18 @@ def _is_words(value: Any) -> bool:
 def _is_unicode(text: str) -> bool:
     """Is it text, and not bytes that were taken for it?"""
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _is_plain(job: Job) -> bool:
+    """Is it as most jobs are, which need no closer look?"""
+    return (
+        job.env is None and job.after is None and job.ok_codes is None and job.no_retry_codes is None
+        and job.timeout is None and job.backoff_base is None
+        and type(job.command) is str and f"{job.command}{job.cwd}{job.key}".isascii()
+        and 0 <= job.created_at <= job.updated_at <= _LAST_MS and 0 <= (job.started_at or 0) <= job.updated_at
+        and job.run_at is None and job.due_at is None and job.finished_at is None
+        and f"{job.queue}{job.tag}".isprintable() and NAME.fullmatch(job.id) is not None
+    )  # fmt: skip
 
 
 def _wrong_value(job: Job) -> str | None:
@@ -448,7 +453,8 @@ def _wrong_value(job: Job) -> str | None:
         return "cwd, key or env"
     if any(codes is not None and type(codes) is not list for codes in (job.after, job.ok_codes, job.no_retry_codes)):
         return "after, ok_codes or no_retry_codes"
-    return None
+    moments = (job.created_at, job.updated_at, job.run_at, job.due_at, job.started_at, job.finished_at)
+    return None if all(0 <= (moment or 0) <= _LAST_MS for moment in moments) else "a moment"
 
 
 def readable_job(row: Sequence[Any]) -> Job:

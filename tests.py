@@ -1232,7 +1232,7 @@ def test_backup_is_made_again_where_somebody_enqueues_meanwhile(home: Home) -> N
     """Numbers that are given while a backup is got ready are not given again either."""
     home.add(id="a")
     home.run("backup", "copy.db")
-    real, added = q.copy_backup, []
+    real, added = q.copy_backup, list[str]()
 
     def slow(path: str, to: str) -> None:
         real(path, to)
@@ -1254,7 +1254,8 @@ def test_backup_holds_no_workers(home: Home) -> None:
     home.add_all([{"id": "a", "command": sleeping(600), "timeout": 0},
                   {"id": "b", "command": sleeping(600), "timeout": 0, "on_lost": "dead"}])  # fmt: skip
     home.start(2)
-    home.until_up("a"), home.until_up("b")
+    home.until_up("a")
+    home.until_up("b")
     home.run("backup", "copy.db")
     with contextlib.closing(sqlite3.connect(home.work / "copy.db")) as copy:
         same(copy.execute("SELECT count(*) FROM workers").fetchall(), [(0,)])
@@ -1311,7 +1312,7 @@ BAD_ROWS = {  # what is set in a row behind queuectl's back, and the word by whi
     "command = '[]'": "command", "command = '[1]'": "command", "command = CAST(x'22ff22' AS TEXT)": "command",
     "cwd = CAST(x'2fff' AS TEXT)": "cwd", "command = '\"\\udcff\"'": "command",
     "timeout = 'long'": "timeout", "timeout = -1": "timeout", "created_at = 'then'": "created_at",
-    "created_at = 9223372036854775807": "created_at", "max_retries = x'00'": "max_retries",
+    "created_at = 9223372036854775807": "a moment", "max_retries = x'00'": "max_retries",
     "ok_codes = '{}'": "ok_codes", "tag = char(27) || '[2J'": "tag", "snooze = 0.5": "snooze",
     "id = '../' || id": "id", "id = id || char(10)": "id", "env = '" + "[" * 99_999 + "'": "row is damaged",
 }  # fmt: skip
@@ -3109,7 +3110,8 @@ def test_list_fits_a_narrow_terminal() -> None:
 def test_table_of_a_terminal_without_a_size_has_80_columns() -> None:
     """A terminal that says it has no columns is taken for one of 80."""
     with ENV_LOCK:
-        real, shutil.get_terminal_size = shutil.get_terminal_size, lambda *_: os.terminal_size((0, 0))
+        real = shutil.get_terminal_size
+        shutil.get_terminal_size = functools.partial(os.terminal_size, (0, 0))
         try:
             same(q.terminal_columns(), 80)
         finally:

@@ -362,10 +362,10 @@ COLUMNS = Job._fields
 JSON_COLUMNS = ("command", "env", "after", "ok_codes", "no_retry_codes")
 _JSON_PLACES = tuple(COLUMNS.index(name) for name in JSON_COLUMNS)
 _FLAG_PLACES = tuple(COLUMNS.index(name) for name in ("hold", "snooze", "cancelling"))
-_MOMENT_PLACES = tuple(COLUMNS.index(name) for name in COLUMNS if name.endswith("_at"))
 _STATE_PLACE = COLUMNS.index("state")
 _from_json = json.JSONDecoder().raw_decode  # faster than json.loads, which also skips blanks at both ends
 
+_LAST_MS = MAX_SECONDS * 1000
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")  # of a job, a queue, a tag
 
 # The types that each kind of column may hold, and what stands in for any other.
@@ -385,13 +385,12 @@ _KINDS = (
         _INTEGER_OR_NULL,
     )
 )
-_LEGAL_TYPES = tuple(_KINDS[name][0] for name in COLUMNS)
 
 
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job in a row of COLUMNS. Damaged where the row holds none."""
-    if not all(map(operator.contains, _LEGAL_TYPES, map(type, row))):
-        raise Damaged(f"its row is damaged: {_first_misfit(row)} has a value of the wrong type")
+    if misfit := _misfit(tuple(map(type, row))):
+        raise Damaged(f"its row is damaged: {misfit} has a value of the wrong type")
     values = list(row)
     try:
         for place in _JSON_PLACES:
@@ -403,25 +402,37 @@ def job_from_row(row: Sequence[Any]) -> Job:
     for place in _FLAG_PLACES:
         values[place] = bool(values[place])
     job = Job._make(values)
-    wrong = _wrong_value(job) or _wrong_moment(values)
-    if wrong:
+    if not _is_plain(job) and (wrong := _wrong_value(job)):
         raise Damaged(f"its row is damaged: {wrong} has a value that it cannot have")
     return job
 
 
-def _first_misfit(row: Sequence[Any]) -> str:
-    return next(name for name, value in zip(COLUMNS, row, strict=True) if type(value) not in _KINDS[name][0])
-
-
-def _wrong_moment(values: Sequence[Any]) -> str | None:
-    for place in _MOMENT_PLACES:
-        if values[place] is not None and not 0 <= values[place] <= MAX_SECONDS * 1000:
-            return COLUMNS[place]
-    return None
+@functools.lru_cache(256)  # rows are of few shapes, and a worker looks at one for each job
+def _misfit(types: tuple[type, ...]) -> str | None:
+    """The first column whose value is of a type that it cannot have."""
+    return next((name for name, kind in zip(COLUMNS, types, strict=True) if kind not in _KINDS[name][0]), None)
 
 
 def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+    """Is it a list of texts, one at least?"""
+    return isinstance(value, list) and bool(value) and all(type(word) is str and _is_unicode(word) for word in value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Is it text, and not bytes that were taken for it?"""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _is_plain(job: Job) -> bool:
+    """Is it as most jobs are, which need no closer look?"""
+    return (
+        job.env is None and job.after is None and job.ok_codes is None and job.no_retry_codes is None
+        and job.timeout is None and job.backoff_base is None
+        and type(job.command) is str and f"{job.command}{job.cwd}{job.key}".isascii()
+        and 0 <= job.created_at <= job.updated_at <= _LAST_MS and 0 <= (job.started_at or 0) <= job.updated_at
+        and job.run_at is None and job.due_at is None and job.finished_at is None
+        and f"{job.queue}{job.tag}".isprintable() and NAME.fullmatch(job.id) is not None
+    )  # fmt: skip
 
 
 def _wrong_value(job: Job) -> str | None:
@@ -430,17 +441,20 @@ def _wrong_value(job: Job) -> str | None:
         return "id"
     if not job.queue.isprintable() or not (job.tag is None or job.tag.isprintable()):
         return "queue or tag"
-    if type(job.command) is not str and not _is_words(job.command):
+    if not _is_words([job.command] if type(job.command) is str else job.command):
         return "command"
     if job.timeout is not None and not 0 <= job.timeout < math.inf:
         return "timeout"
     if job.backoff_base is not None and not 0 < job.backoff_base < math.inf:
         return "backoff_base"
-    if job.env is not None and not (type(job.env) is dict and all(type(value) is str for value in job.env.values())):
+    if job.env is not None and not (type(job.env) is dict and _is_words(["", *job.env.values()])):
         return "env"
+    if not _is_words([job.cwd, job.key or "", *(job.env or ())]):
+        return "cwd, key or env"
     if any(codes is not None and type(codes) is not list for codes in (job.after, job.ok_codes, job.no_retry_codes)):
         return "after, ok_codes or no_retry_codes"
-    return None
+    moments = (job.created_at, job.updated_at, job.run_at, job.due_at, job.started_at, job.finished_at)
+    return None if all(0 <= (moment or 0) <= _LAST_MS for moment in moments) else "a moment"
 
 
 def readable_job(row: Sequence[Any]) -> Job:
@@ -546,7 +560,8 @@ class WorkerRow(NamedTuple):
 
 
 _WORKER_KINDS = (
-    _INTEGER, _INTEGER, _WORDS, _INTEGER, _WORDS_OR_NULL, _INTEGER, _WORDS_OR_NULL, _INTEGER, _WORDS_OR_NULL,
+    _INTEGER, _INTEGER, _WORDS, _INTEGER, _WORDS_OR_NULL, _INTEGER, _WORDS_OR_NULL, _INTEGER,
+    *[_WORDS_OR_NULL] * 3,
 )  # fmt: skip
 
 
@@ -1702,13 +1717,15 @@ def _domain_error(path: str, error: Exception) -> QueueError:
     if isinstance(error, UnicodeEncodeError):
         return BadInput("what was given is not valid Unicode")
     path = printable(path)
-    if "json" in text and "no such" in text:
+    if "json_array" in text:
         return StoreError(f"needs an SQLite with its JSON functions; this Python's {sqlite3.sqlite_version} has none")
     if _is_busy(error):
         return StoreBusy(f"another program holds {path}; try again when it is done")
     if "full" in text or "disk I/O" in text:  # SQLite reports a shared memory file that cannot grow as an I/O error
         return StoreError(f"cannot use {path}, its disk is full or failing ({text})")
-    is_damage = ("not a database", "malformed", "no such", "decode", "too big")
+    if "decode to" in text:
+        return Damaged(f"{path} holds bytes that are no text, as damage leaves them; look: queuectl doctor")
+    is_damage = ("not a database", "malformed", "no such", "too big")
     if isinstance(error, UnicodeDecodeError) or any(words in text for words in is_damage):
         return Damaged(f"{path} is damaged ({text}); move it away, or put a backup in its place")
     return StoreError(f"cannot use {path}: {text}")
@@ -1885,7 +1902,8 @@ class Database:
 
     def all(self, sql: str, **values: Any) -> list[Any]:
         """Return all rows of a statement."""
-        return self._until_free(lambda: self._connection.execute(sql, values).fetchall())
+        changes = "RETURNING" in sql
+        return self._until_free(lambda: self._connection.execute(sql, values).fetchall(), changes)
 
     def rows(self, sql: str) -> Iterator[Any]:
         """Yield the rows of a statement one by one, for large results."""
@@ -1911,7 +1929,7 @@ class Database:
         except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(self.path, error) from error
 
-    def _until_free(self, action: Callable[[], _Result]) -> _Result:
+    def _until_free(self, action: Callable[[], _Result], changes: bool = True) -> _Result:
         """What an action gives, tried again until nobody else holds the database or the busy timeout is over.
 
         SQLite itself would sleep for 1 ms at least, where a worker holds the lock for a tenth of that, and then
@@ -1926,7 +1944,7 @@ class Database:
             except sqlite3.IntegrityError as error:
                 raise Conflict(str(error)) from error
             except (sqlite3.Error, UnicodeError) as error:
-                if self._learns_to_decode(error):
+                if self._learns_to_decode(error) and not changes:
                     continue
                 if not _is_busy(error) or left_s <= 0:
                     raise _domain_error(self.path, error) from error
@@ -1935,15 +1953,15 @@ class Database:
             pause_s = min(2 * pause_s, most_s)
 
     def _learns_to_decode(self, error: Exception) -> bool:
-        """Take any bytes for text from now on, where some were none; may the statement be run again?
+        """Take any bytes for text from now on, where some were none: is it worth another try?
 
         sqlite3's own decoding is faster, and bytes that are no text are rare. A statement that has changed
-        something already is not run again, its transaction is.
+        something already must not be run again; a worker runs its whole transaction again.
         """
         if "decode to UTF-8" not in str(error) or self._connection.text_factory is not str:
             return False
         self._connection.text_factory = _any_text
-        return not self._connection.in_transaction
+        return True
 
     # ---- change notice and durability
 

@@ -379,6 +379,38 @@ print(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), sys.stdin.read()]
 # ---- errors
 
 
+def test_program_without_click_says_what_to_install(home: Home) -> None:
+    """Where click is missing, one line says how to get it."""
+    (home.work / "click.py").write_text("raise ModuleNotFoundError('no click')")
+    env = {**home.env, "PYTHONPATH": str(home.work)}
+    ran = finished(subprocess.Popen([*PROGRAM, "status"], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE))
+    same(ran.code, 1)
+    assert re.fullmatch(r"Error: [^\n]+ -m pip install click\n", ran.err), ran.err
+
+
+def test_sqlite_without_json_is_refused_in_one_line(home: Home) -> None:
+    """An SQLite that was built without its JSON functions is refused when the queue is opened."""
+    home.run("status")
+    patch = """
+real = sqlite3.connect
+def connect(*words, **options):
+    db = real(*words, **options)
+    db.set_authorizer(lambda action, a, name, *_: sqlite3.SQLITE_DENY if name == "json_array" else sqlite3.SQLITE_OK)
+    return db
+sqlite3.connect = connect
+q.main()"""
+    ran = finished(child(home, "import sqlite3, sys\nsys.argv[1:] = ['status']" + patch))
+    assert ran.code == 1 and re.fullmatch(r"Error: [^\n]*JSON functions[^\n]*\n", ran.err), ran.err
+
+
+def test_exit_code_is_one_that_the_system_takes() -> None:
+    """Whatever a job ended with, on whichever system, is an exit code, and never that of success."""
+    for code in (0, 1, 255, 256, 2**31, 0xC0000005, 0xC0000100, 2**32 - 1):
+        status = q.exit_status(code)
+        assert -(2**31) <= status < 2**31 and (status == 0) == (code == 0), (code, status)
+        assert WINDOWS or status < 256, (code, status)
+
+
 def test_errors_have_the_exit_codes_of_the_contract() -> None:
     """Bad input is 2, everything else that cannot be done is 1."""
     kinds = {q.QueueError: 1, q.BadInput: 2, q.NotFound: 1, q.StoreError: 1, q.StoreBusy: 1}
@@ -707,6 +739,21 @@ def test_schema_newer_is_refused(home: Home) -> None:
     assert "newer" in home.fails("worker", "start")
 
 
+def test_schema_that_is_raised_under_a_worker_lets_it_leave(home: Home) -> None:
+    """A worker that is older than the database claims nothing more and leaves, saying why; its job's result stays."""
+    home.add(f"echo up; {waits_for('go')}" if not WINDOWS else "exit 0", id="a")
+    home.start()
+    home.ended("a") if WINDOWS else home.until_up("a")
+    home.store.config.settings()
+    store = home.store
+    home.sql(f"PRAGMA user_version = {len(q.MIGRATIONS) + 1}")
+    until(lambda: "newer queuectl" in Path(home.home.worker_log).read_text())
+    home.add(id="b")
+    touch(home, "go")
+    until(lambda: not store.workers.all())
+    same((home.state("a"), home.state("b")), ("completed", "pending"))
+
+
 def test_schema_of_a_stranger_is_refused(home: Home) -> None:
     """Another program's database is refused and left as it is."""
     home.path.mkdir(mode=0o700)
@@ -1018,6 +1065,16 @@ def test_backoffs_count_from_now_where_the_clock_was_set_back(home: Home) -> Non
     same(home.job("a").due_at, 1_002_000)
 
 
+def test_backoffs_of_a_wrong_clock_count_from_now_once_a_worker_starts(home: Home) -> None:
+    """A retry that was put off by a clock that was 400 days ahead is due after its backoff, whoever was there then."""
+    ahead = q.now_ms() + 400 * 86_400_000
+    home.add(id="a", backoff_base=0.01)
+    home.store.jobs.finish(home.claim(home.worker_row(), ahead), exited(1), q.Settings(), ahead)
+    home.sql("DELETE FROM workers")
+    home.start()
+    same(home.ended("a").state.value, "completed")
+
+
 def test_prune_removes_only_what_has_ended_long_enough(home: Home) -> None:
     """`prune` goes by the end of a job and its state, in batches, and never touches what has not ended."""
     home.add_all({"command": "x", "id": f"n{n}", "max_retries": 0} for n in range(6))
@@ -1151,6 +1208,74 @@ def test_backup_is_not_restored_while_another_program_holds_the_queue(home: Home
     same([job.id for job in home.store.queries.jobs()], ["a", "b"])
 
 
+def test_backup_keeps_numbers_though_its_restore_is_killed(home: Home) -> None:
+    """A restore goes over in one step, so that no id comes twice, whenever it is killed."""
+    first = home.add()
+    home.run("backup", "copy.db")
+    later = home.add()
+    patch = """
+real = q.Database.restore
+def killed(self, *words):
+    real(self, *words)
+    os.kill(os.getpid(), 9)
+q.Database.restore = killed
+with q.open_store(home.database) as store:
+    q.restore_copy(home, store, sys.argv[1])"""
+    program = "import os, signal, sys\nhome = q.open_home()" + patch
+    ran = finished(child(home, program, str(home.work / "copy.db")))
+    assert ran.code, ran.err
+    same([job["id"] for job in home.json("list")], [first])
+    assert home.add() not in (first, later)
+
+
+def test_backup_is_made_again_where_somebody_enqueues_meanwhile(home: Home) -> None:
+    """Numbers that are given while a backup is got ready are not given again either."""
+    home.add(id="a")
+    home.run("backup", "copy.db")
+    real, added = q.copy_backup, list[str]()
+
+    def slow(path: str, to: str) -> None:
+        real(path, to)
+        if not added:
+            added.append(home.add())
+
+    q.copy_backup = slow
+    try:
+        with q.open_store(home.home.database) as store:
+            store.upkeep.restore(str(home.work / "copy.db"), str(home.work), q.now_ms(), lambda _: None)
+    finally:
+        q.copy_backup = real
+    same([job["id"] for job in home.json("list")], ["a"])
+    assert home.add() not in added
+
+
+def test_backup_holds_no_workers(home: Home) -> None:
+    """What ran when a copy was made is lost to it by the rule for that, and nobody waits for its worker."""
+    home.add_all([{"id": "a", "command": sleeping(600), "timeout": 0},
+                  {"id": "b", "command": sleeping(600), "timeout": 0, "on_lost": "dead"}])  # fmt: skip
+    home.start(2)
+    home.until_up("a")
+    home.until_up("b")
+    home.run("backup", "copy.db")
+    with contextlib.closing(sqlite3.connect(home.work / "copy.db")) as copy:
+        same(copy.execute("SELECT count(*) FROM workers").fetchall(), [(0,)])
+    home.run("worker", "stop", "--now")
+    home.run("backup", "--restore", "copy.db")
+    same((home.state("a"), home.state("b"), home.store.workers.all()), ("failed", "dead", []))
+    same(home.json("doctor"), {"ok": True, "problems": []})
+
+
+@posix
+def test_backup_is_made_in_a_file_of_its_own(home: Home) -> None:
+    """Neither a file nor a link that somebody has laid beside it is written to, and the copy is its owner's alone."""
+    home.add(id="a")
+    (home.work / "copy.db.part").symlink_to(home.root / "elsewhere")
+    home.run("backup", "copy.db")
+    same((home.root / "elsewhere").exists(), False)
+    same(stat.S_IMODE((home.work / "copy.db").stat().st_mode), 0o600)
+    same(sorted(os.listdir(home.work)), ["copy.db", "copy.db.part"])
+
+
 def test_backup_is_not_restored_under_who_came_meanwhile(home: Home) -> None:
     """The last look for workers comes when none can register any more; who is found then keeps the queue."""
     home.add_all({"command": "x", "id": f"a{n}"} for n in range(500))
@@ -1180,6 +1305,104 @@ def test_store_damaged_is_said_in_one_line(home: Home) -> None:
     for args in (["status"], ["worker", "start"]):
         ran = home.run(*args, code=1)
         assert re.fullmatch(r"Error: .*damaged.*\n", ran.err), ran.err
+
+
+BAD_ROWS = {  # what is set in a row behind queuectl's back, and the word by which its error names it
+    "env = '{bad'": "Expecting", "env = '[1]'": "env", "env = '{\"A\": 1}'": "env", "after = '7'": "after",
+    "command = '[]'": "command", "command = '[1]'": "command", "command = CAST(x'22ff22' AS TEXT)": "command",
+    "cwd = CAST(x'2fff' AS TEXT)": "cwd", "command = '\"\\udcff\"'": "command",
+    "timeout = 'long'": "timeout", "timeout = -1": "timeout", "created_at = 'then'": "created_at",
+    "created_at = 9223372036854775807": "a moment", "max_retries = x'00'": "max_retries",
+    "ok_codes = '{}'": "ok_codes", "tag = char(27) || '[2J'": "tag", "snooze = 0.5": "snooze",
+    "id = '../' || id": "id", "id = id || char(10)": "id", "env = '" + "[" * 99_999 + "'": "row is damaged",
+}  # fmt: skip
+
+
+def test_row_that_is_damaged_costs_its_own_job_alone(home: Home) -> None:
+    """A job whose row cannot be read is dead with its reason, seen by every command; workers run the others."""
+    changes = {f"bad{n}": change for n, change in enumerate(BAD_ROWS)}
+    home.add_all({"command": "exit 0", "id": id} for id in changes)
+    home.add(id="child", after=["bad0"])
+    for id, change in changes.items():
+        home.sql(f"UPDATE jobs SET {change} WHERE id = '{id}'")
+    home.add(id="good")
+    listed = home.json("list")
+    sound = [job for job in listed if "bad" in job["id"] and "its row is damaged" not in str(job["error"])]
+    same([(job["id"], BAD_ROWS) for job in sound], [])
+    [row] = home.start()
+    home.ended("good")
+    until(lambda: not home.store.queries.how_many(states=["pending", "processing"]))
+    same([each.id for each in home.start()], [row.id, row.id + 1])
+    dead = {job["id"]: job for job in home.json("dlq", "list")}
+    same((len(dead), dead.pop("child")["error"]), (len(BAD_ROWS) + 1, "waited for bad0, which is dead"))
+    for job, (change, word) in zip(dead.values(), BAD_ROWS.items(), strict=True):
+        assert "its row is damaged" in job["error"], (change, job["error"])
+        assert word in job["error"], (change, job["error"])
+    found = "\n".join(home.json("doctor", code=1)["problems"])
+    assert all(f"job {id}: its row is damaged" in found for id in changes if "id =" not in changes[id]), found
+    for words in (["status"], ["list"], ["dlq", "list"], ["show", "bad0"], ["metrics"], ["metrics", "--prometheus"]):
+        assert "\x1b" not in home.out(*words), words
+    home.run("dlq", "purge", "--all")
+    same(home.json("doctor"), {"ok": True, "problems": []})
+
+
+def test_row_that_is_damaged_while_it_runs_or_was_never_a_jobs_is_no_traceback(home: Home) -> None:
+    """Nor do damaged rows of attempts, workers, queues, counts and settings stop commands or workers."""
+    home.add("exit 1", id="a", max_retries=0)
+    home.start()
+    home.ended("a")
+    home.sql("UPDATE attempts SET started_at = 'x', cpu_s = 9e999, error = char(27), max_rss = 'much'")
+    home.sql("INSERT INTO config VALUES ('kill_grace', '\"soon\"'), ('on_dead', '{'), ('max_retries', '1e9')")
+    home.sql("INSERT INTO queues VALUES (char(27) || '[2J', 'x', 'many')")
+    home.sql("INSERT INTO counts VALUES ('asleep', 'default', 3), ('pending', char(27), 'some')")
+    home.sql("INSERT INTO workers (pid, host, slot, queues, started_at) VALUES ('x', char(27), 'y', '[1', 'z')")
+    for words in (["status"], ["list"], ["show", "a"], ["worker", "list"], ["queue", "list"], ["config", "list"],
+                  ["metrics"], ["export"], ["logs", "a"], ["dlq", "list"]):  # fmt: skip
+        assert "\x1b" not in home.out(*words), words
+    assert "config kill_grace is damaged" in "\n".join(home.json("doctor", code=1)["problems"])
+    same(home.ended(home.add("exit 0")).state.value, "completed")
+
+
+@alone
+def test_fuzz_of_the_database_is_one_line_and_no_traceback(home: Home) -> None:
+    """Whatever bytes of the database are changed, a command works or says one line."""
+    home.add_all({"command": f"echo {n}", "id": f"j{n}", "tag": "t", "env": {"A": "b"}} for n in range(60))
+    home.add_all({"command": "exit 0", "after": [f"j{n}"]} for n in range(20))
+    home.start()
+    home.run("wait")
+    home.run("worker", "stop")
+    home.add(id="p", hold=True)
+    home.store.close()
+    home.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole, ran = Path(home.home.database).read_bytes(), collections.Counter[str]()
+    seed = int(os.environ.get("SEED") or random.randrange(10**6))
+    print(f"        fuzz of the database with SEED={seed}", flush=True)
+    chance = random.Random(seed)
+    with ENV_LOCK:
+        os.environ["QUEUECTL_HOME"] = str(home.path)
+        try:
+            for _ in range(300 if LONG else 40):
+                damaged = bytearray(whole)
+                for _ in range(chance.choice([1, 4, 40])):
+                    at = chance.choice([chance.randrange(len(whole)), chance.randrange(4096)])
+                    damaged[at] = chance.randrange(256)
+                for words in (["status"], ["list", "--json"], ["list"], ["show", "j7"], ["logs", "j7"], ["dlq", "list"],
+                              ["worker", "list"], ["queue", "list"], ["config", "list"], ["metrics"], ["export"],
+                              ["metrics", "--prometheus"], ["doctor"], ["wait", "j7", "--timeout", "0"]):  # fmt: skip
+                    for end in ("-wal", "-shm"):
+                        Path(home.home.database + end).unlink(missing_ok=True)
+                    Path(home.home.database).write_bytes(damaged)
+                    code, out, err = in_process(*words)
+                    note = (seed, words, code, err)
+                    assert code in (0, 1, 124) and "Traceback" not in err and "unexpected" not in err, note
+                    assert not err or re.fullmatch(r"[^\n]+\n", err), note
+                    assert "\x1b" not in out + err, note
+                    ran["said" if code == 1 else "shown"] += 1
+        finally:
+            del os.environ["QUEUECTL_HOME"]
+    Path(home.home.database).write_bytes(whole)
+    del home.store
+    assert min(ran["said"], ran["shown"]) > 10, ran
 
 
 def test_store_full_disk_is_said_in_one_line(home: Home) -> None:
@@ -1559,12 +1782,8 @@ def test_log_of_a_long_line_is_read_in_blocks_and_once(home: Home) -> None:
     """The last line of a log is found, and a line without end is shown, by reading each byte once and keeping few."""
     path = str(home.work / "log")
     line = b"x" * (9 * q.LOG_BLOCK + 7)
-    for lines, start, text in (
-        (1, 4, b"a\nb\n" + line),
-        (2, 2, b"a\nb\n" + line + b"\n"),
-        (3, 0, line),
-        (0, 2, b"a\n"),
-    ):
+    long = b"a\nb\n" + line
+    for lines, start, text in ((1, 4, long), (2, 2, long + b"\n"), (3, 0, line), (0, 2, b"a\n")):
         Path(path).write_bytes(text)
         same(q.tail_start(path, lines), start)
     read = []
@@ -1614,7 +1833,8 @@ def test_log_that_its_command_empties_keeps_what_other_attempts_wrote(home: Home
 def test_log_that_its_command_empties_is_followed_and_restored(home: Home) -> None:
     """A retry's emptied log is read as it should be while it runs, also after its worker's death."""
     home.add(f"echo try $QUEUECTL_ATTEMPT; case $QUEUECTL_ATTEMPT in 1) exit 1;; 3) exit 0;; esac; "
-             f"{waits_for('empty')}; echo two >/dev/stderr; {waits_for('never')}", id="a", backoff_base=0.01)  # fmt: skip
+             f"{waits_for('empty')}; echo two >/dev/stderr; {waits_for('never')}",
+             id="a", backoff_base=0.01)  # fmt: skip
     home.start()
     until(lambda: b"try 2" in home.log("a"))
     with home.popen("logs", "--follow", "a") as whole, home.popen("logs", "--follow", "--attempt", "2", "a") as second:
@@ -2891,6 +3111,17 @@ def test_list_fits_a_narrow_terminal() -> None:
     same(next(q.job_lines([job], [here], 0, 9000, 10_000)).split(), list(q.JOB_HEAD))
 
 
+def test_table_of_a_terminal_without_a_size_has_80_columns() -> None:
+    """A terminal that says it has no columns is taken for one of 80."""
+    with ENV_LOCK:
+        real = shutil.get_terminal_size
+        shutil.get_terminal_size = functools.partial(os.terminal_size, (0, 0))
+        try:
+            same(q.terminal_columns(), 80)
+        finally:
+            shutil.get_terminal_size = real
+
+
 def test_durations_and_moments_read_well() -> None:
     """Times are shown in the units that matter."""
     same([q.duration(s) for s in (0.1234, 3, 61, 3600, 90_061)], ["0.123 s", "3 s", "1 m 1 s", "1 h", "1 d 1 h"])
@@ -3255,6 +3486,17 @@ def test_prune_removes_jobs_and_their_logs(home: Home) -> None:
     same(([job.id for job in home.store.queries.jobs()], os.path.exists(home.home.log("a"))), (["b"], False))
 
 
+def test_purge_leaves_the_log_of_a_new_job_of_that_id(home: Home) -> None:
+    """Logs go with their rows: that of a job which has taken the same id meanwhile stays, without the old output."""
+    home.add("echo old&& exit 1", id="a", max_retries=0)
+    home.start()
+    home.ended("a")
+    home.store.changes.purge_dead(q.Selection(["a"]))
+    home.ended(home.add("echo new", id="a"))
+    q.remove_logs(home.home, home.store, ["a"])
+    same(home.log("a").split(), [b"new"])
+
+
 @windows
 def test_prune_survives_a_log_that_somebody_reads(home: Home) -> None:
     """A log that is open elsewhere does not keep `prune` from its work."""
@@ -3323,6 +3565,15 @@ def test_backup_replaces_nothing_but_a_file(home: Home) -> None:
     home.fails("backup", "fifo", code=2)
     (home.work / "copy.db.part").write_text("what is left of another")
     home.run("backup", "copy.db")
+
+
+@posix
+def test_doctor_escapes_the_names_of_files(home: Home) -> None:
+    """A name among the logs cannot drive the terminal of who reads about it."""
+    home.run("status")
+    (Path(home.home.logs) / "a\x1b[2Jb").touch()
+    out = home.out("doctor", code=1)
+    assert "\x1b" not in out and "a\\x1b[2Jb" in out, out
 
 
 @posix
@@ -3752,6 +4003,18 @@ def test_config_shows_no_control_characters_and_changes_none(home: Home) -> None
     for args in (["config", "list"], ["config", "get", "on_dead"]):
         shown = seen_on_a_terminal(home, *args)
         assert b"\x1b" not in shown and b"\\x1b[31mred" in shown, shown
+
+
+def test_options_that_no_integer_of_the_database_can_hold_are_refused(home: Home) -> None:
+    """Every number of the command line is held to what can be stored, in one line."""
+    home.run("status")
+    for number in ("99999999999999999999", "9" * 5000):
+        for words in (["list", "--limit", number], ["dlq", "list", "--limit", number], ["logs", "a", "--tail", number],
+                      ["logs", "a", "--attempt", number], ["queue", "limit", "q", number],
+                      ["worker", "start", "--count", number], ["enqueue", "--priority", number, "--", "x"],
+                      ["enqueue", "--max-retries", number, "--", "x"], ["enqueue", "--ok-codes", number, "--", "x"],
+                      ["config", "set", "log_max_bytes", number]):  # fmt: skip
+            home.fails(*words, code=2)
 
 
 def test_options_that_exclude_each_other_are_refused(home: Home) -> None:

@@ -1614,7 +1614,8 @@ def test_log_that_its_command_empties_keeps_what_other_attempts_wrote(home: Home
 def test_log_that_its_command_empties_is_followed_and_restored(home: Home) -> None:
     """A retry's emptied log is read as it should be while it runs, also after its worker's death."""
     home.add(f"echo try $QUEUECTL_ATTEMPT; case $QUEUECTL_ATTEMPT in 1) exit 1;; 3) exit 0;; esac; "
-             f"{waits_for('empty')}; echo two >/dev/stderr; {waits_for('never')}", id="a", backoff_base=0.01)  # fmt: skip
+             f"{waits_for('empty')}; echo two >/dev/stderr; {waits_for('never')}",
+             id="a", backoff_base=0.01)  # fmt: skip
     home.start()
     until(lambda: b"try 2" in home.log("a"))
     with home.popen("logs", "--follow", "a") as whole, home.popen("logs", "--follow", "--attempt", "2", "a") as second:

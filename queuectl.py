@@ -2325,6 +2325,7 @@ class Queries:
 
     def tallies_of(self, seqs: Sequence[int] | None) -> dict[str, float]:
         """Return the same sums over the attempts of these jobs, or of all jobs that are stored (None)."""
+        # With LIMIT, SQLite computes the inner columns once a row and not once for each sum: that takes half the time.
         which = "1" if seqs is None else "job IN (SELECT value FROM json_each(:seqs))"
         rows = self._db.all(
             f"""SELECT queue, {", ".join(_TALLIES.values())} FROM (
@@ -2335,7 +2336,7 @@ class Queries:
                         WHEN attempts.exit_code = 0 OR attempts.error IS NULL THEN 'completed'
                         ELSE 'failed' END AS result,
                     number > 1 AND ended_by <> 'given back' AS is_retry
-                FROM attempts JOIN jobs ON jobs.seq = attempts.job WHERE {which}) GROUP BY queue""",
+                FROM attempts JOIN jobs ON jobs.seq = attempts.job WHERE {which} LIMIT -1) GROUP BY queue""",
             seqs=_json_or_null(seqs),
         )
         tallies: dict[str, float] = dict.fromkeys(_TALLIES, 0)
@@ -3377,6 +3378,9 @@ if sys.platform == "win32":
 
     class OpenWatch:
         """Nobody tells."""
+
+        def __init__(self) -> None:
+            pass
 
         def follow(self, path: str) -> None:
             """Watch this file in place of the one before."""

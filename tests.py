@@ -4204,7 +4204,10 @@ def test_enqueue_whose_output_fails_says_that_it_is_stored(home: Home) -> None:
     with open("/dev/full", "wb") as full:
         ran = finished(home.popen("enqueue", "--id", "a", "--", "x", stdout=full))
         same(ran.code, 1)
-        same(ran.err, "Error: cannot write the output: No space left on device; what was asked for is done all the same\n")
+        same(
+            ran.err,
+            "Error: cannot write the output: No space left on device; what was asked for is done all the same\n",
+        )
         ran = finished(home.popen("list", stdout=full))
         same(ran.err, "Error: cannot write the output: No space left on device\n")
     same(home.state("a"), "pending")

@@ -252,6 +252,50 @@ def parse_moment(text: str) -> int | float | str:
     return parse_number(text) if re.fullmatch(r"\d+(\.\d*)?", text) else text
 
 
+_CLOCK = re.compile(r"(?:(today|tomorrow|(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*)\s+)?(\d\d?):(\d\d)(?::(\d\d))?", re.I)
+_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+
+
+def clock_time(text: str, now: int) -> int | None:
+    """The moment (ms) that a clock time means at `now`, by local time: `23:00`, `tomorrow 6:30`, `mon 8:00`.
+
+    It is the next one, so later than `now`, but for `today`. None where the text is no clock time.
+    """
+    found = _CLOCK.fullmatch(text.strip())
+    if not found:
+        return None
+    day, hour, minute, second = found.groups()
+    today = datetime.datetime.fromtimestamp(now // 1000)
+    try:
+        at = datetime.time(int(hour), int(minute), int(second or 0))
+        offsets = _days_ahead(day.lower() if day else None, today.weekday())
+        moments = [_local_ms(datetime.datetime.combine(today.date() + datetime.timedelta(n), at), now) for n in offsets]
+    except (ValueError, OverflowError, OSError):
+        return None
+    return next((moment for moment in moments if moment > now), moments[-1])
+
+
+def _days_ahead(day: str | None, weekday: int) -> Sequence[int]:
+    """The days, counted from today, on which a clock time may lie; ValueError for a word that is no weekday."""
+    if day is None:
+        return (0, 1)
+    if day in ("today", "tomorrow"):
+        return (0,) if day == "today" else (1,)
+    ahead = next((n for n in range(7) if day in (_WEEKDAYS[(weekday + n) % 7], _WEEKDAYS[(weekday + n) % 7][:3])), None)
+    if ahead is None:
+        raise ValueError(day)
+    return (ahead, ahead + 7)
+
+
+def _local_ms(local: datetime.datetime, now: int) -> int:
+    """The moment of a local time. Of one that a change of clocks repeats, the second where the first has passed.
+
+    One that the change skips lies as far behind it as it would have been without the change.
+    """
+    first, second = (round(local.replace(fold=fold).timestamp() * 1000) for fold in (0, 1))
+    return second if first <= now < second else first
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
@@ -298,6 +342,7 @@ WAITING = (State.PENDING, State.FAILED)
 OPEN = (*WAITING, State.PROCESSING)
 HOPELESS = (State.DEAD, State.CANCELLED)  # a job that depends on such a one can never run
 ENDED = (State.COMPLETED, *HOPELESS)
+EDITABLE = (*WAITING, State.DEAD)
 
 
 class EndReason(enum.Enum):
@@ -520,14 +565,21 @@ class Outcome(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The jobs that a command selects: by id, by tag and queue, or all."""
+    """The jobs that a command selects: by id, by tag, queue and state, or all."""
 
     ids: Sequence[str] = ()
     tag: str | None = None
     queue: str | None = None
     every: bool = False
+    states: Sequence[State] | None = None  # None for any
+
+    @property
+    def is_filter(self) -> bool:
+        """Does it choose jobs by anything but their ids?"""
+        return self.every or any(value is not None for value in (self.tag, self.queue, self.states))
 
 
+NOTHING = Selection()
 EVERY_JOB = Selection(every=True)
 
 
@@ -558,6 +610,10 @@ class WorkerRow(NamedTuple):
         """Would it run a job of this queue?"""
         return not self.stop and (self.queues is None or queue in self.queues)
 
+    def is_for(self, queues: Sequence[str]) -> bool:
+        """Does it take just these queues, none named: all?"""
+        return set(self.queues or ()) == set(queues)
+
 
 _WORKER_KINDS = (
     _INTEGER, _INTEGER, _WORDS, _INTEGER, _WORDS_OR_NULL, _INTEGER, _WORDS_OR_NULL, _INTEGER,
@@ -585,6 +641,11 @@ class QueueRow(NamedTuple):
     paused: bool
     max_running: int | None
     counts: dict[State, int]
+
+    @property
+    def is_full(self) -> bool:
+        """Do as many of its jobs run as may at once?"""
+        return self.max_running is not None and self.counts[State.PROCESSING] >= self.max_running
 
 
 class Revival(NamedTuple):
@@ -722,7 +783,7 @@ def _moment(value: Any) -> int:
         with contextlib.suppress(ValueError, OverflowError, OSError):
             value = datetime.datetime.fromisoformat(re.sub("[Zz]$", "+00:00", value)).timestamp()
     if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-        raise BadInput("must be Unix seconds, or a time like 2030-01-31T18:00")
+        raise BadInput("must be Unix seconds, or a time like 2030-01-31T18:00, 23:00, tomorrow 6:30 or mon 8:00")
     return round(float(value) * 1000)
 
 
@@ -768,7 +829,9 @@ FIELDS = {
     "priority": Field(_integer(-(2**31), 2**31 - 1), "Higher runs first; default 0.", parse_number, metavar="N"),
     "max_retries": Field(_integer(0, 2**31 - 1), "How many retries; default by config.", parse_number, metavar="N"),
     "timeout": Field(_number(0), "Longest attempt, 0 for none; default by config.", parse_duration, metavar="TIME"),
-    "run_at": Field(_moment, "Not before: Unix seconds or ISO 8601.", parse_moment, metavar="WHEN"),
+    "run_at": Field(
+        _moment, "Not before: ISO 8601, 23:00, tomorrow 6:30, mon 8:00, or Unix seconds.", parse_moment, metavar="WHEN"
+    ),
     "delay": Field(_number(0, high=MAX_DELAY_S), "Not before this long from now.", parse_duration, metavar="TIME"),
     "backoff_base": Field(_number(0, above=True), "Wait this ** n after failed attempt n.", parse_number, metavar="N"),
     "queue": Field(_name, "The queue that it waits in; default `default`.", metavar="Q"),
@@ -802,11 +865,30 @@ def check_field(name: str, value: Any) -> Any:
         raise BadInput(f"field {name!r} {error}") from None
 
 
+def check_selection(which: Selection) -> Selection:
+    """The same; BadInput for ids beside another choice, and for a tag or a queue that no job can have."""
+    if which.ids and which.is_filter:
+        raise BadInput("name jobs by id, or choose them with --tag, --queue, --state or --all: not both")
+    for name, value in (("tag", which.tag), ("queue", which.queue)):
+        if value is not None:
+            check_field(name, value)
+    return which
+
+
+def limited_to(which: Selection, states: Sequence[State]) -> Selection:
+    """Those of a choice without ids that are in one of the states; NOTHING stays nothing."""
+    if which == NOTHING:
+        return which
+    return which._replace(states=[state for state in states if which.states is None or state in which.states])
+
+
 def check_fields(fields: Mapping[str, Any], now: int) -> Spec:
     """The spec that these fields make; `delay` becomes a `run_at` that many seconds after `now` (ms).
 
-    BadInput names the field that is wrong.
+    A clock time in `run_at` is the next one after `now`. BadInput names the field that is wrong.
     """
+    if isinstance(text := fields.get("run_at"), str) and (moment := clock_time(text, now)) is not None:
+        fields = {**fields, "run_at": moment / 1000}
     spec = {name: check_field(name, value) for name, value in fields.items()}
     if "delay" in spec:
         if "run_at" in spec:
@@ -851,13 +933,27 @@ def read_batch(lines: Iterable[bytes], now: int, defaults: Mapping[str, Any]) ->
             raise BadInput(f"line {number}: {error}") from None
 
 
+_FACTS = (
+    "state", "attempts", "created_at", "updated_at", "started_at", "finished_at", "exit_code", "error", "worker",
+)  # fmt: skip
+JSON_FIELDS = (*FIELDS, *_FACTS)  # of a job
+
+
 def job_json(job: Job) -> dict[str, Any]:
     """A job as JSON shows it."""
-    shown = {name: getattr(job, name, None) for name in FIELDS}  # no job has a delay: it has become a run_at
-    shown |= {"run_at": iso_time(job.run_at), "state": job.state.value, "attempts": job.attempts}
-    for name in ("created_at", "updated_at", "started_at", "finished_at"):
-        shown[name] = iso_time(getattr(job, name))
-    return shown | {"exit_code": job.exit_code, "error": job.error, "worker": job.worker}
+    shown = {name: getattr(job, name, None) for name in JSON_FIELDS}  # no job has a delay: it has become a run_at
+    for name in ("run_at", "created_at", "updated_at", "started_at", "finished_at"):
+        shown[name] = iso_time(shown[name])
+    return shown | {"state": job.state.value}
+
+
+def parse_columns(text: str) -> list[str]:
+    """The names of JSON_FIELDS in a list like `id,state`; BadInput for any other word."""
+    names = [word.strip().replace("-", "_") for word in text.split(",")]
+    for name in names:
+        if name not in JSON_FIELDS:
+            raise BadInput(f"--columns knows no field {printable(name)!r}{nearest(name, JSON_FIELDS)}")
+    return names
 
 
 # ======================================================================== settings
@@ -1109,6 +1205,29 @@ def job_lines(jobs: Sequence[Job], found: Sequence[WaitReasons], more: int, now:
     yield from table([JOB_HEAD[i] for i in said], [[row[i] for i in said] for row in rows], width)
 
 
+def column_line(job: Job, names: Sequence[str]) -> str:
+    """Some fields of a job for a script: uncut, with tabs between them."""
+    shown = job_json(job)
+    return "\t".join(column_text(name, shown[name]) for name in names)
+
+
+def column_text(name: str, value: Any) -> str:
+    """The value of a JSON field on a line of its own: empty for null, JSON for a list, only names of variables."""
+    if value is None:
+        return ""
+    if name == "env":
+        value = dict.fromkeys(value, "***")
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def resting_lines(queues: Sequence[QueueRow]) -> Iterator[str]:
+    """The queues in which jobs wait and none may start now."""
+    for row in queues:
+        if (row.paused or row.is_full) and any(row.counts[state] for state in WAITING):
+            why = "paused" if row.paused else f"at its limit of {row.max_running}"
+            yield f"(queue {row.name} is {why}: its jobs are not shown)"
+
+
 def show_lines(job: Job, history: Sequence[Attempt], reason: Reason, log: str, pid: int | None,
                settings: Settings, now: int, width: int) -> Iterator[str]:  # fmt: skip
     """What `show` prints."""
@@ -1261,6 +1380,13 @@ def worker_lines(workers: Sequence[WorkerRow], now: int, width: int) -> Iterator
         for row in workers
     ]  # fmt: skip
     yield from table(("ID", "PID", "HOST", "SLOT", "STATE", "SINCE", "JOB", "QUEUES"), rows, width)
+
+
+def scaled_lines(started: Sequence[int], leaving: Sequence[WorkerRow]) -> Iterator[str]:
+    """What `worker scale` prints."""
+    yield from (f"worker {worker} started" for worker in started)
+    for row in leaving:
+        yield f"worker {row.id} leaves" + (f" after job {row.job}" if row.job else "")
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -1509,6 +1635,37 @@ def install_lines(path: str, instance: str) -> Iterator[str]:
     yield f"  systemctl --user enable --now {instance}"
 
 
+def passed_over_line(jobs: Sequence[Job], total: int) -> str | None:
+    """A line that names some jobs of a call that were left as they are because they have ended."""
+    if not jobs:
+        return None
+    named = [f"{job.id} is {job.state.value}" for job in jobs[:3]]
+    more = [f"{len(jobs) - len(named)} more"] if len(jobs) > len(named) else []
+    return f"passed over {len(jobs)} of {number_of(total, 'job')}, which had ended: {', '.join(named + more)}"
+
+
+def changed_fields(before: Job, after: Job) -> list[str]:
+    """The fields in which a job differs from what it was."""
+    return [name for name in STORED if getattr(before, name) != getattr(after, name)]
+
+
+def edit_line(before: Job, after: Job) -> str:
+    """What an `edit` has changed about a job; of its variables only that they did."""
+    words = [
+        name if name == "env" else f"{name} {field_text(before, name)} -> {field_text(after, name)}"
+        for name in changed_fields(before, after)
+    ]
+    return f"{after.id} edited: {', '.join(words)}" if words else f"{after.id} is so already"
+
+
+def field_text(job: Job, name: str) -> str:
+    """The value of a field in a line for a person; `-` where nothing is said."""
+    value = getattr(job, name)
+    if name in ("command", "run_at"):
+        value = command_line(value) if name == "command" else iso_time(value)
+    return "-" if value is None else printable(plain(str(value).lower() if isinstance(value, bool) else value))
+
+
 def how_ended(job: Job) -> str:
     """A line about a job that did not complete, with its error."""
     return f"{job.id} is {job.state.value}" + (f": {job.error}" if job.error else "")
@@ -1697,6 +1854,20 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "ALTER TABLE workers ADD COLUMN process TEXT",  # null in a row of release 1.0
             "ALTER TABLE workers ADD COLUMN leftovers TEXT",
+        ),
+    ),
+    (
+        "4: a completed job may run again, and the newest attempts are found at once",
+        (
+            """CREATE TRIGGER jobs_reopened AFTER UPDATE OF state ON jobs
+                WHEN OLD.state = 'completed' AND NEW.state <> 'completed' BEGIN
+                UPDATE jobs SET blockers = blockers + 1
+                    WHERE seq IN (SELECT child FROM dependencies WHERE parent = NEW.seq);
+            END""",
+            "CREATE INDEX jobs_started ON jobs (started_at) WHERE started_at IS NOT NULL",
+            # Small: it holds the attempts that failed, and no claim touches it.
+            """CREATE INDEX attempts_failed ON attempts (ended_at)
+                WHERE error IS NOT NULL AND ended_by NOT IN ('given back', 'cancelled')""",
         ),
     ),
 )
@@ -1963,6 +2134,14 @@ class Database:
         self._connection.text_factory = _any_text
         return True
 
+    def set_savepoint(self) -> None:
+        """Remember what the open transaction has done so far."""
+        self.run("SAVEPOINT here")
+
+    def undo_to_savepoint(self) -> None:
+        """Undo what the open transaction has done since its savepoint, which stays."""
+        self.run("ROLLBACK TO here")
+
     # ---- change notice and durability
 
     def commits_seen(self) -> int:
@@ -2060,7 +2239,7 @@ def _states_in(states: Sequence[State]) -> str:
     return f"state IN ({', '.join(repr(state.value) for state in states)})"
 
 
-IS_WAITING, IS_OPEN, IS_HOPELESS = map(_states_in, (WAITING, OPEN, HOPELESS))
+IS_WAITING, IS_OPEN, IS_HOPELESS, IS_ENDED = map(_states_in, (WAITING, OPEN, HOPELESS, ENDED))
 _TALLIES = {  # what `metrics` sums over all attempts, each by its name; those of waits are also kept for each queue
     "run count": "count(run)",
     "run sum": "total(run)",
@@ -2101,6 +2280,47 @@ class Queries:
         if not row:
             raise NotFound(f"no job {printable(id)!r}{nearest(id, self.newest_ids())}")
         return readable_job(row)
+
+    def last_started(self) -> Job:
+        """The job whose newest attempt started last."""
+        row = self._db.one(_SELECT + "WHERE started_at IS NOT NULL ORDER BY started_at DESC, seq DESC LIMIT 1")
+        if not row:
+            raise NotFound("no job has started yet")
+        return readable_job(row)
+
+    def last_failed(self) -> Job:
+        """The job of the attempt that failed last, of those that are kept."""
+        row = self._db.one(
+            _SELECT
+            + """WHERE seq = (SELECT attempts.job FROM attempts JOIN jobs AS its ON its.seq = attempts.job
+                WHERE attempts.error IS NOT NULL AND attempts.ended_by NOT IN ('given back', 'cancelled')
+                AND attempts.exit_code IS NOT 0 AND NOT (its.snooze AND attempts.exit_code IS 75)
+                AND NOT EXISTS (SELECT 1 FROM json_each(its.ok_codes) WHERE value = attempts.exit_code)
+                ORDER BY attempts.ended_at DESC LIMIT 1)"""
+        )
+        if not row:
+            raise NotFound("no attempt of a job has failed")
+        return readable_job(row)
+
+    def next_to_run(self, queues: Sequence[str], limit: int, now: int) -> list[Job]:
+        """The waiting jobs of these queues that start first: by priority those that may now, then by due time.
+
+        A job whose time has come may not be marked as ready yet: the next claim does that.
+        """
+        is_due = f"{IS_WAITING} AND hold = 0 AND blockers = 0 AND queue IN (SELECT value FROM json_each(:queues))"
+        rows = self._db.all(
+            f"""{_SELECT} WHERE seq IN (
+                SELECT best.seq FROM json_each(:queues) AS asked JOIN jobs AS best ON best.seq IN (
+                    SELECT seq FROM jobs WHERE ready AND queue = asked.value
+                    ORDER BY priority DESC, seq LIMIT :limit)
+                UNION ALL SELECT * FROM (SELECT seq FROM jobs WHERE due_at <= :now AND {is_due}
+                    ORDER BY priority DESC, seq LIMIT :limit)
+                UNION ALL SELECT * FROM (SELECT seq FROM jobs WHERE due_at > :now AND {is_due}
+                    ORDER BY due_at, priority DESC, seq LIMIT :limit))
+            ORDER BY max(coalesce(due_at, 0), :now), priority DESC, seq LIMIT :limit""",
+            queues=_to_json(queues), limit=limit, now=now,
+        )  # fmt: skip
+        return [readable_job(row) for row in rows]
 
     def newest_ids(self) -> list[str]:
         """Return the ids of the newest thousand jobs."""
@@ -2145,17 +2365,15 @@ class Queries:
         row = self._db.one(f"SELECT id FROM jobs WHERE key = :key AND {IS_OPEN}", key=key)
         return row and str(row[0])
 
-    def jobs(
-        self, where: Selection = EVERY_JOB, states: Sequence[str] = (), limit: int | None = None, sort: str = "seq"
-    ) -> list[Job]:
-        """Return the newest matching jobs, sorted by the order of enqueueing or by a column."""
+    def jobs(self, where: Selection = EVERY_JOB, limit: int | None = None, sort: str = "seq") -> list[Job]:
+        """Return the newest jobs of a selection without ids, sorted by the order of enqueueing or by a column."""
         rows = self._db.all(
             f"SELECT * FROM ({_SELECT}"
             """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
                 AND (:tag IS NULL OR tag = :tag) AND (:queue IS NULL OR queue = :queue)
                 ORDER BY seq DESC LIMIT :limit)"""
             f" ORDER BY {SORTS[sort.removeprefix('-')]} {'DESC' if sort.startswith('-') else ''}, seq",
-            states=_json_or_null(list(states) or None),
+            states=_json_or_null(where.states),
             tag=where.tag, queue=where.queue, limit=-1 if limit is None else limit,
         )  # fmt: skip
         return [readable_job(row) for row in rows]
@@ -2184,32 +2402,39 @@ class Queries:
         )
         return readable_job(row) if row else None
 
+    def named(self, ids: Sequence[str]) -> list[Job | None]:
+        """The jobs of these ids, in the order of the ids; None where there is none."""
+        rows = self._db.all(
+            f"""SELECT {_COLUMNS} FROM (SELECT key AS place, value AS asked FROM json_each(:ids))
+                LEFT JOIN jobs ON jobs.id = asked ORDER BY place""",
+            ids=_to_json(ids),
+        )
+        return [None if row[0] is None else readable_job(row) for row in rows]
+
     def chosen(self, which: Selection) -> list[Job]:
-        """Return the selected jobs in any state."""
-        return self.choose(which, list(State), "chosen")
+        """Return the selected jobs in any state. Raise NotFound for an id that no job has."""
+        if which == NOTHING:
+            raise BadInput("name jobs by id, or choose them with --tag, --queue, --state or --all")
+        if not check_selection(which).ids:
+            return self.jobs(which)
+        found = (job or self.get(id) for id, job in zip(which.ids, self.named(which.ids), strict=True))
+        return list({job.seq: job for job in found}.values())
 
     def choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
         """Return the selected jobs that are in one of the states. Raise QueueError if a named job is not."""
-        if which.ids and (which.tag or which.queue or which.every):
-            raise BadInput("name jobs by id, or choose them with --tag, --queue or --all: not both")
-        if which.ids:
-            chosen = list({job.seq: job for job in map(self.get, which.ids)}.values())
-            for job in chosen:
-                if job.state not in states:
-                    raise QueueError(f"job {job.id} is {job.state.value}: it cannot be {verb}")
-            return chosen
-        if not (which.tag or which.queue or which.every):
-            choices = "--tag, --queue or --all" if states == [State.DEAD] else "--tag or --queue"
-            raise BadInput(f"name jobs by id, or choose them with {choices}")
-        return self.jobs(which, states)
+        chosen = self.chosen(which if which.ids else limited_to(which, states))
+        for job in chosen:
+            if job.state not in states:
+                raise QueueError(f"job {job.id} is {job.state.value}: it cannot be {verb}")
+        return chosen
 
-    def how_many(self, where: Selection = EVERY_JOB, states: Sequence[str] = ()) -> int:
-        """Return the number of matching jobs, from the table of counts unless a tag is given."""
+    def how_many(self, where: Selection = EVERY_JOB) -> int:
+        """Return the number of jobs of a selection without ids, from the table of counts unless a tag is given."""
         source = "(SELECT queue, state, tag, 1 AS n FROM jobs WHERE tag = :tag)" if where.tag else "counts"
         row = self._db.one(
             f"""SELECT coalesce(sum(n), 0) FROM {source} WHERE (:queue IS NULL OR queue = :queue)
                 AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))""",
-            tag=where.tag, queue=where.queue, states=_json_or_null(list(states) or None),
+            tag=where.tag, queue=where.queue, states=_json_or_null(where.states),
         )  # fmt: skip
         return int(row[0])
 
@@ -2673,10 +2898,15 @@ class Changes:
         return [job.id for job in chosen]
 
     def cancel(self, which: Selection, now: int) -> list[Job]:
-        """Cancel waiting jobs, and mark running ones for their workers to end. Return the jobs as they were before."""
+        """Cancel waiting jobs, and mark running ones for their workers to end. Return the jobs as they were before.
+
+        A named job that has ended is among them. It does not change.
+        """
         with self._db.writing():
-            chosen = self._queries.choose(which, OPEN, "cancelled")
+            chosen = self._queries.choose(which, OPEN if which.is_filter else list(State), "cancelled")
             for job in chosen:
+                if job.state in ENDED:
+                    continue
                 if job.state is State.PROCESSING:
                     self._db.run("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
                     continue
@@ -2690,64 +2920,92 @@ class Changes:
                     self._jobs.fail_dependents(job._replace(state=State.CANCELLED), now)
         return chosen
 
-    def edit(self, which: Selection, spec: Spec, now: int) -> list[str]:
-        """Change fields of waiting jobs, and return their ids."""
+    def edit(self, which: Selection, spec: Spec, now: int) -> list[tuple[Job, Job]]:
+        """Change fields of waiting and of dead jobs. Dead jobs stay dead. Return each job before and after it."""
+        with self._db.writing():
+            return self._set_fields(self._queries.choose(which, EDITABLE, "edited"), spec, now)
+
+    def _set_fields(self, chosen: Sequence[Job], spec: Spec, now: int) -> list[tuple[Job, Job]]:
+        """Change fields of jobs that do not run. Return each job before and after the change."""
+        ran = [job.seq for job in chosen if job.started_at] if {"queue", "run_at"} & spec.keys() else []
+        with self._keeping_tallies(ran):
+            return [(job, self._edit_one(job, spec, now)) for job in chosen]
+
+    def _edit_one(self, job: Job, spec: Spec, now: int) -> Job:
+        if job.state in WAITING and "max_retries" in spec:
+            self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
+        if "key" in spec and not self._is_key_free(job, spec):
+            raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it")
         values = _as_columns(spec)
         columns = ", ".join(f"{name} = :{name}" for name in values)
-        if "run_at" in values:  # clearing it keeps a backoff that is running
+        if "run_at" in values and job.state in WAITING:  # clearing it keeps a backoff that is running
             values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
             columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
-        with self._db.writing():
-            chosen = self._queries.choose(which, WAITING, "edited")
-            ran = [job.seq for job in chosen if job.started_at] if {"queue", "run_at"} & spec.keys() else []
-            with self._keeping_tallies(ran):
-                for job in chosen:
-                    self._edit_one(job, columns, values, spec, now)
-        return [job.id for job in chosen]
-
-    def _edit_one(self, job: Job, columns: str, values: Mapping[str, Any], spec: Spec, now: int) -> None:
-        if "max_retries" in spec:
-            self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
-        try:
-            self._db.run(
-                f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq", **values, seq=job.seq, now=now
-            )
-        except Conflict:
-            raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it") from None
+        row = self._db.one(
+            f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq RETURNING {_COLUMNS}",
+            **values, seq=job.seq, now=now,
+        )  # fmt: skip
         if "after" in spec:
             self._db.run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
             self._jobs.add_dependencies(job.seq, job.id, spec["after"] or (), now)
+        return readable_job(row)
+
+    def _is_key_free(self, job: Job, spec: Spec) -> bool:
+        """Tell whether no other job that has not ended holds the key of a job, or the key that a spec gives it."""
+        return self._queries.key_holder(spec.get("key", job.key)) in (None, job.id)
 
     def _refuse_overdrawn(self, job: Job) -> None:
         """Raise QueueError for a job that has already used more attempts than it would be allowed."""
         if job.attempts > settings_for(job, self._config.settings()).max_retries:
             raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
 
-    def retry_dead(self, which: Selection, now: int) -> list[str]:
-        """Return dead jobs, and those that died because of them, to `pending` with no attempts made.
+    def retry_dead(self, which: Selection, now: int, spec: Spec | None = None) -> list[str]:
+        """Dead jobs back to `pending`, as `rerun` does it."""
+        return self._run_again(which, [State.DEAD], "retried", spec or {}, now)
 
-        One whose parent can still not complete, or whose key is taken, stays dead; QueueError where it was named.
+    def rerun(self, which: Selection, now: int, spec: Spec | None = None) -> list[str]:
+        """Jobs that have ended back to `pending` with no attempts made; the ids.
+
+        What died because of them comes back with them. What waits for a completed one, or waits to be retried,
+        waits for it again; what runs or has ended stays as it is. The fields of a spec are set first. One whose
+        parent can still not complete, or whose key is taken, stays as it was; QueueError where it was named.
         """
+        return self._run_again(which, ENDED, "rerun", spec or {}, now)
+
+    def _run_again(self, which: Selection, states: Sequence[State], verb: str, spec: Spec, now: int) -> list[str]:
         with self._db.writing():
-            chosen = self._queries.choose(which, [State.DEAD], "retried")
-            for job in chosen:
-                self._revive(job, now)
-            for parent in self._hopeless_parents():
-                self._jobs.fail_dependents(parent, now)
-            tried = [self._queries.get(job.id) for job in chosen]
-            left = [job for job in tried if job.state is State.DEAD]
-            if which.ids and left:
-                raise QueueError(self._why_still_dead(left[0]))
-        return [job.id for job in tried if job.state is not State.DEAD]
+            chosen = self._queries.choose(which, states, verb)
+            self._db.set_savepoint()
+            while left := self._try_to_reopen(chosen, spec, now):
+                if which.ids:
+                    raise QueueError(self._why_still_ended(left[0], verb, spec))
+                self._db.undo_to_savepoint()
+                passed_over = {job.seq for job in left}
+                chosen = [job for job in chosen if job.seq not in passed_over]
+        return [job.id for job in chosen]
 
-    def _why_still_dead(self, job: Job) -> str:
-        if self._queries.key_holder(job.key):
-            return f"job {job.id} cannot be retried: another of key {job.key!r} has not ended"
-        obstacles = WaitReasons([], False, None, 0, [], self._queries.revival(job))
-        return f"job {job.id} {job.error}: it cannot be retried before that; first: {remedy_of_dead(job, obstacles)}"
+    def _try_to_reopen(self, chosen: Sequence[Job], spec: Spec, now: int) -> list[Job]:
+        """Bring ended jobs back as far as they can run; those that cannot, as they are then."""
+        able = [job for job in chosen if self._is_key_free(job, spec)]
+        if spec:  # first for all of them, because one may return to `pending` together with another
+            self._set_fields(able, spec, now)
+        for job in able:
+            self._reopen(job, now)
+        for parent in self._hopeless_parents():
+            self._jobs.fail_dependents(parent, now)
+        return [job for job in self._queries.named([job.id for job in chosen]) if job and job.state in ENDED]
 
-    def _revive(self, job: Job, now: int) -> None:
-        """Return a dead job and its dead descendants to `pending`, if their keys are free and their parents exist.
+    def _why_still_ended(self, job: Job, verb: str, spec: Spec) -> str:
+        if not self._is_key_free(job, spec):
+            return f"job {job.id} cannot be {verb}: another of key {spec.get('key', job.key)!r} has not ended"
+        if job.failed_parent and self._db.one("SELECT 1 FROM jobs WHERE seq = :seq", seq=job.failed_parent):
+            obstacles = WaitReasons([], False, None, 0, [], self._queries.revival(job))
+            remedy = remedy_of_dead(job, obstacles)
+            return f"job {job.id} {job.error}: it cannot be {verb} before that; first: {remedy}"
+        return f"job {job.id} waits for a job that was removed: it can be {verb} with --clear after"
+
+    def _reopen(self, job: Job, now: int) -> None:
+        """Return an ended job, and what died of it, to `pending`, if their keys are free and their parents exist.
 
         What died of a job that had died of this one is among them: a job can be enqueued after a dead one.
         """
@@ -2757,13 +3015,13 @@ class Changes:
                     JOIN jobs ON jobs.seq = child WHERE failed_parent IS NOT NULL)
             SELECT seq FROM jobs WHERE seq IN below AND (seq = :seq OR failed_parent IN below) ORDER BY seq""",
             seq=job.seq,
-        )
+        ) if job.state in HOPELESS else [(job.seq,)]  # fmt: skip
         for row in rows:
             self._db.run(
                 f"""UPDATE jobs SET state = 'pending', attempts = 0, failed_parent = NULL, finished_at = NULL,
                     due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
                     error = CASE WHEN failed_parent IS NULL THEN error END
-                WHERE seq = :seq AND state = 'dead'
+                WHERE seq = :seq AND {IS_ENDED}
                     AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
                         AND other.{IS_OPEN})
                     AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
@@ -6017,23 +6275,32 @@ def wake_worker(home: Home, store: Store, echo_err: EchoErr) -> None:
         wake_one(home, store)
 
 
-def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -> list[str]:
-    """Cancel jobs, and wait until the processes of those under way are ended; the ids of those cancelled then.
+class Cancelled(NamedTuple):
+    """What a `cancel` came to."""
+
+    ids: list[str]
+    passed_over: list[Job]  # those that had ended before
+
+
+def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -> Cancelled:
+    """Cancel jobs, and wait until the processes of those under way are ended.
 
     A running job that came to another end is named on stderr, and so is one whose end cannot be waited for.
     """
     chosen = store.changes.cancel(which, now_ms())
+    passed_over = [job for job in chosen if job.state in ENDED]
     running = [job for job in chosen if job.state is State.PROCESSING]
     ends: dict[int, State] | None = None
     with noting(echo_err, "their end is not known yet, look at them with `queuectl list`", running):
         ends = wait_for_cancelled(home, store, running, echo_err)
     if ends is None:
-        return [job.id for job in chosen if job not in running]
+        return Cancelled([job.id for job in chosen if job.state in WAITING], passed_over)
     for job in running:
         if ends.get(job.seq) is not State.CANCELLED:
             now = ends[job.seq].value if job.seq in ends else "removed"
             echo_err(f"job {job.id} is not cancelled but {now}: it had come to its end")
-    return [job.id for job in chosen if job not in running or ends.get(job.seq) is State.CANCELLED]
+    gone = [job.id for job in chosen if job.state in WAITING or ends.get(job.seq) is State.CANCELLED]
+    return Cancelled(gone, passed_over)
 
 
 def wait_for_cancelled(home: Home, store: Store, running: Sequence[Job], echo_err: EchoErr) -> dict[int, State]:
@@ -6058,11 +6325,14 @@ def wait_for_cancelled(home: Home, store: Store, running: Sequence[Job], echo_er
 class Preparation:
     """Makes the specs that a command line gives fit for the database, and remembers what will not work."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: int) -> None:
+        self._now = now
+        self._past = 0  # how many specs name a moment that has passed
         self._checked: dict[str, str | None] = {}  # directories, and what is wrong with each
 
     def __call__(self, spec: Spec) -> Spec:
         """A spec whose directory is seen from here; BadInput where the system could not run its command."""
+        self._past += spec.get("run_at") is not None and spec["run_at"] < self._now
         refuse_too_long(spec.get("command") or [], spec.get("env") or {})
         if "cwd" not in spec:
             return spec
@@ -6072,7 +6342,10 @@ class Preparation:
         return {**spec, "cwd": cwd}
 
     def tell(self, echo_err: EchoErr) -> None:
-        """Say what will not work of what is now stored."""
+        """Say what will not work of what is now stored, and what does not wait for its time."""
+        if self._past:
+            many = f" for {number_of(self._past, 'job')}" if self._past > 1 else ""
+            echo_err(f"note: run_at has passed{many}: it is not waited for")
         for cwd, problem in self._checked.items():
             if problem:
                 echo_err(f"note: directory {cwd} {problem}: a job that starts there fails")
@@ -6167,10 +6440,10 @@ def follow_log(
 
 
 def stop_workers(
-    home: Home, store: Store, how: str, timeout_s: float, echo_err: EchoErr
+    home: Home, store: Store, how: str, timeout_s: float, echo_err: EchoErr, ids: Sequence[int] = ()
 ) -> tuple[list[int], list[int]]:
-    """Tell every worker to leave and wait; the ids of those told, and of those still there."""
-    left = living_workers(home, store)
+    """Tell workers, none named: all, to leave and wait; the ids of those told, and of those still there."""
+    left = workers_named(home, store, ids)
     told = [row.id for row in left]
     store.workers.request_stop(told, how)
     for worker in told:
@@ -6182,6 +6455,51 @@ def stop_workers(
         left = [row for row in left if has_living_process(home, row)]
         report({row.id for row in left})
     return told, [row.id for row in left]
+
+
+def workers_named(home: Home, store: Store, ids: Sequence[int]) -> list[WorkerRow]:
+    """The running workers of these ids, none named: all of them; NotFound for an id that none has."""
+    rows = living_workers(home, store)
+    for id in ids:
+        if all(row.id != id for row in rows):
+            raise NotFound(f"no worker {id} is running; see: queuectl worker list")
+    return [row for row in rows if not ids or row.id in ids]
+
+
+class Scaled(NamedTuple):
+    """What a `worker scale` came to."""
+
+    started: list[int]
+    leaving: list[WorkerRow]
+    failure: QueueError | None = None  # why some did not start
+
+
+def scale_workers(home: Home, count: int, queues: Sequence[str]) -> Scaled:
+    """Bring the workers for just these queues to a number; those that leave are not waited for.
+
+    Two calls at once may start too many. Each dismisses the surplus again once its own workers are up, so the last
+    of them leaves the right number.
+    """
+    staying, leaving = dismiss_surplus(home, count, queues)
+    if staying >= count:
+        return Scaled([], leaving)
+    started, failure = start_workers(home, count - staying, queues, drain=False)
+    return Scaled(started, leaving + dismiss_surplus(home, count, queues)[1], failure)
+
+
+def dismiss_surplus(home: Home, count: int, queues: Sequence[str]) -> tuple[int, list[WorkerRow]]:
+    """Let workers for just these queues leave that are too many: idle ones first, of them the newest first.
+
+    How many stay, and those that leave. The store is closed again: no worker may be started while it is open.
+    """
+    with open_store(home.database) as store:
+        with store.db.writing():
+            kind = [row for row in living_workers(home, store) if not row.stop and row.is_for(queues)]
+            surplus = sorted(kind, key=lambda row: (row.job is not None, -row.id))[: max(0, len(kind) - count)]
+            store.workers.request_stop([row.id for row in surplus], "finish")
+        for row in surplus:
+            ring(home, row.id)
+    return len(kind) - len(surplus), surplus
 
 
 def overview(home: Home, store: Store) -> Overview:
@@ -6513,8 +6831,7 @@ def width() -> int:
 
 
 MOST = 2**63 - 1  # the largest integer of the database
-
-
+NO_JOBS = ("no such jobs",)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
 
@@ -6537,7 +6854,8 @@ def complete_ids(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 _FITTING: dict[str, tuple[tuple[State, ...], bool | None]] = {  # the states of the jobs that a command is about, and
     "cancel": (OPEN, None),  # whether they are on hold, None for either; any other command can be about every job
-    "edit": (WAITING, None),
+    "edit": (EDITABLE, None),
+    "rerun": (ENDED, None),
     "hold": (WAITING, False),
     "release": (WAITING, True),
     "wait": (OPEN, None),
@@ -6621,26 +6939,83 @@ def field_options(*names: str) -> Callable[[Any], Any]:
 
 id_argument = click.argument("id", shell_complete=complete_ids)
 ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...", shell_complete=complete_ids)
+all_option = click.option("--all", "every", is_flag=True, help="All of them.")
+clear_option = click.option(
+    "--clear", type=click.Choice(sorted({*CLEARABLE, *map(as_option, CLEARABLE)})), multiple=True,
+    metavar="FIELD", help="As if nothing had been said of it; may be repeated.",
+)  # fmt: skip
+limit_option = click.option("--limit", type=click.IntRange(0, MOST), metavar="N",
+                            help="The newest N; default 100, with --all or --json no limit.")  # fmt: skip
+queues_option = click.option("--queue", "queues", multiple=True, metavar="Q", shell_complete=complete_queues,
+                             help="Take only this queue; may be repeated.")  # fmt: skip
 key_argument = click.argument("key", shell_complete=complete_keys)
 
 
-def tag_and_queue(command: Any) -> Any:
-    """--tag and --queue, to choose jobs by; the command is given the Selection that they and ids make."""
-
-    @functools.wraps(command)
-    def run(ids: Sequence[str] = (), every: bool = False, *, tag: str | None, queue: str | None, **options: Any) -> Any:
-        for name, value in (("tag", tag), ("queue", queue)):
-            if value is not None:
-                check_field(name, value)
-        return command(which=Selection(ids, tag, queue, every), **options)
-
-    made = click.option("--queue", metavar="Q", help="Those of this queue.", shell_complete=complete_queues)(run)
-    return click.option("--tag", metavar="T", help="Those with this tag.", shell_complete=complete_tags)(made)
+def state_option(states: Iterable[State]) -> Callable[[Any], Any]:
+    """--state, which may be repeated, of the states that a command is for."""
+    return click.option("--state", "states", multiple=True, type=click.Choice([state.value for state in states]),
+                        help="Those in this state; may be repeated.")  # fmt: skip
 
 
-def selection_options(command: Any) -> Any:
-    """The same, and ids."""
-    return ids_argument(tag_and_queue(command))
+def selection_options(
+    *states: State, ids: bool = True, check: Callable[[Selection], Selection] = check_selection
+) -> Callable[[Any], Any]:
+    """[ID]…, --tag, --queue, --state of these states, and --all; the command is given the Selection that they make."""
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def run(ids: Sequence[str] = (), states: Sequence[str] = (), *, tag: str | None, queue: str | None,
+                every: bool, **options: Any) -> Any:  # fmt: skip
+            which = Selection(ids, tag, queue, every, [State(state) for state in states] if states else None)
+            return command(which=check(which), **options)
+
+        made = all_option(run)
+        made = state_option(states)(made) if states else made
+        made = click.option("--queue", metavar="Q", help="Those of this queue.", shell_complete=complete_queues)(made)
+        made = click.option("--tag", metavar="T", help="Those with this tag.", shell_complete=complete_tags)(made)
+        return ids_argument(made) if ids else made
+
+    return decorate
+
+
+def changes_given(
+    typed: Sequence[str] | None, options: Mapping[str, Any], clear: Sequence[str], now: int, prepared: Preparation
+) -> Spec:
+    """What a command line makes of fields: those that it sets, and those that it clears."""
+    fields = parse_options({**options, "env": with_values(options["env"])})
+    refuse_both("command" in fields and "--command", bool(typed) and "a command behind --")
+    if typed:
+        fields["command"] = as_typed(typed)
+    cleared = {name: BLANK[name] for name in (word.replace("-", "_") for word in clear)}
+    for name in cleared:
+        refuse_both(name in fields and f"setting {name!r}", "--clear of it")
+    spec = check_fields(fields, now)
+    return {**prepared(spec), **cleared}
+
+
+def change_options(*states: State) -> Callable[[Any], Any]:
+    """Ids and options that choose jobs, and an option for each field but `id`; for a Selection and a Spec.
+
+    With ids, --queue and --tag are new values; without, they choose the jobs.
+    """
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def run(which: Selection, as_json: bool, clear: Sequence[str], **options: Any) -> Any:
+            if which.ids:
+                options |= {"tag": which.tag, "queue": which.queue}
+                which = which._replace(tag=None, queue=None)
+            now = now_ms()
+            prepared = Preparation(now)
+            spec = changes_given(click.get_current_context().meta.get("typed"), options, clear, now, prepared)
+            command(which=check_selection(which), spec=spec, as_json=as_json)
+            prepared.tell(echo_err)
+
+        made = clear_option(run)
+        made = field_options(*(name for name in FIELDS if name not in ("id", "queue", "tag")))(made)
+        return selection_options(*states, check=lambda which: which)(made)
+
+    return decorate
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -6662,7 +7037,7 @@ def enqueue_command(
     """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -."""
     options["env"] = with_values(options["env"])
     now = now_ms()
-    prepared = Preparation()
+    prepared = Preparation(now)
     typed = click.get_current_context().meta.get("typed")
     specs = specs_given(job, typed, file, parse_options(options), now, prepared)
     with opened() as (home, store):
@@ -6755,8 +7130,7 @@ def worker_group() -> None:
 
 @worker_group.command("start")
 @click.option("--count", type=click.IntRange(1, 1000), default=1, metavar="N", help="How many; default 1.")
-@click.option("--queue", "queues", multiple=True, metavar="Q", help="Take only this queue; may be repeated.",
-              shell_complete=complete_queues)  # fmt: skip
+@queues_option
 @click.option("--foreground", is_flag=True, help="Be one worker, here, until told to stop.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left that could run.")
 @json_option
@@ -6795,22 +7169,44 @@ def refuse_several(count: int) -> None:
 
 
 @worker_group.command("stop")
+@click.argument("ids", nargs=-1, metavar="[ID]...", type=click.IntRange(1))
 @click.option("--now", is_flag=True, help="End their jobs too, and give them back.")
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most.")
 @json_option
 @with_store
-def worker_stop_command(home: Home, store: Store, now: bool, timeout: str | None, as_json: bool) -> int:
-    """Let each worker finish its job and leave; waits for them."""
+def worker_stop_command(
+    home: Home, store: Store, ids: Sequence[int], now: bool, timeout: str | None, as_json: bool
+) -> int:
+    """Let each worker, or those named, finish its job and leave; waits for them."""
     timeout_s = option_duration("--timeout", timeout)
     is_watched = sys.stderr.isatty() and not now
-    busy = [row.job for row in living_workers(home, store) if row.job] if is_watched else []
+    busy = [row.job for row in workers_named(home, store, ids) if row.job] if is_watched else []
     if busy:
         echo_err(f"workers leave when their jobs have ended, {busy[0]} among them; at once: queuectl worker stop --now")
-    told, left = stop_workers(home, store, "now" if now else "finish", timeout_s, echo_err)
+    told, left = stop_workers(home, store, "now" if now else "finish", timeout_s, echo_err, ids)
     if left:
         raise QueueError(f"{len(left)} of {len(told)} workers are still there; at once: queuectl worker stop --now")
     answer(as_json, [{"id": worker} for worker in told], [f"{number_of(len(told), 'worker')} stopped"])
     return 0
+
+
+@worker_group.command("scale")
+@click.argument("count", metavar="N", type=click.IntRange(0, 1000))
+@queues_option
+@json_option
+def worker_scale_command(count: int, queues: Sequence[str], as_json: bool) -> None:
+    """Bring the workers for all queues, or for just those named, to N.
+
+    What is missing is started; returns once it is up. Who is too much finishes its job and leaves: idle workers
+    first, of them the newest. Workers that are leaving do not count.
+    """
+    leave_job(sys.argv[1:])
+    check_queues(queues)
+    started, leaving, failure = scale_workers(open_home(), count, queues)
+    document = {"started": started, "leaving": [row.id for row in leaving]}
+    if started or leaving or not failure:
+        answer(as_json, document, scaled_lines(started, leaving))
+    raise_some(failure)
 
 
 @worker_group.command("list")
@@ -6873,29 +7269,81 @@ def draw(lines: Iterable[str]) -> bool:
 
 
 @cli.command("list")
-@click.option("--state", type=click.Choice([state.value for state in State]), help="Those in this state.")
-@tag_and_queue
-@click.option("--limit", type=click.IntRange(0, MOST), metavar="N", help="The newest N; default 100, with --json all.")
-@click.option("--sort", type=click.Choice([f"{sign}{key}" for key in SORTS for sign in ("", "-")]), default="seq",
+@selection_options(*State)
+@click.option(
+    "--next", "following", type=click.IntRange(1, MOST), metavar="N", help="The N that start next, in that order."
+)
+@limit_option
+@click.option("--sort", type=click.Choice([f"{sign}{key}" for key in SORTS for sign in ("", "-")]),
               metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
+@click.option("--columns", metavar="NAMES", help="For scripts: these JSON fields, like id,state, with tabs between.")
 @json_option
 @with_store
-def list_command(home: Home, store: Store, which: Selection, state: str | None, limit: int | None, sort: str,
+def list_command(home: Home, store: Store, which: Selection, following: int | None, limit: int | None,
+                 sort: str | None, columns: str | None, as_json: bool) -> None:  # fmt: skip
+    """Show jobs, in the order of enqueueing unless --sort says otherwise.
+
+    Jobs that are named by id come in the order of the ids; one that does not exist is an error, once the others
+    have been shown.
+    """
+    refuse_both(as_json and "--json", columns is not None and "--columns")
+    names = None if columns is None else parse_columns(columns)
+    refuse_beside("ids", which.ids, {"--next": following, "--limit": limit, "--sort": sort})
+    refuse_beside("--next", following, {"--limit": limit, "--sort": sort, "another choice than --queue": (
+        which._replace(queue=None).is_filter)})  # fmt: skip
+    if following:
+        return show_next(home, store, which.queue, following, names, as_json)
+    if which.ids:
+        return show_named(home, store, which.ids, names, as_json)
+    return show_jobs(home, store, which, limit, as_json, sort or "seq", names)
+
+
+def refuse_beside(what: str, given: object, others: Mapping[str, object]) -> None:
+    """BadInput where one thing was given and one of the others too."""
+    for name, value in others.items():
+        refuse_both(what if given else "", name if value is not None and value is not False else "")
+
+
+def show_named(home: Home, store: Store, ids: Sequence[str], names: Sequence[str] | None, as_json: bool) -> None:
+    """Print the jobs of these ids, in that order; NotFound afterwards where one of them is not there."""
+    found = store.queries.named(ids)
+    print_jobs(home, store, [job for job in found if job], names, as_json)
+    missing = [printable(id) for id, job in zip(ids, found, strict=True) if not job]
+    if missing:
+        more = [f"{len(missing) - 3} more"] if len(missing) > 3 else []
+        raise NotFound(f"no job {', '.join([*map(repr, missing[:3]), *more])}")
+
+
+def show_next(home: Home, store: Store, queue: str | None, count: int, names: Sequence[str] | None,
               as_json: bool) -> None:  # fmt: skip
-    """Show jobs, in the order of enqueueing unless --sort says otherwise."""
-    show_jobs(home, store, which, [state] if state else [], limit, as_json, sort)
+    """Print the jobs that start next, and which queues rest meanwhile."""
+    queues = [row for row in store.queues.all() if queue in (None, row.name)]
+    active = [row.name for row in queues if not row.paused and not row.is_full]
+    print_jobs(home, store, store.queries.next_to_run(active, count, now_ms()), names, as_json)
+    if not as_json and names is None:
+        echo(resting_lines(queues))
 
 
-def show_jobs(home: Home, store: Store, where: Selection, states: Sequence[str], limit: int | None, as_json: bool,
-              sort: str = "seq") -> None:  # fmt: skip
-    """Print jobs, and how many more there are."""
+def show_jobs(home: Home, store: Store, where: Selection, limit: int | None, as_json: bool,
+              sort: str = "seq", names: Sequence[str] | None = None) -> None:  # fmt: skip
+    """Print the jobs of a choice without ids, and how many more there are."""
+    is_cut = limit is None and not (as_json or names or where.every)
+    jobs = store.queries.jobs(where, LIST_ROWS if is_cut else limit, sort)
+    more = 0 if as_json or names else store.queries.how_many(where) - len(jobs)
+    print_jobs(home, store, jobs, names, as_json, more)
+
+
+def print_jobs(home: Home, store: Store, jobs: Sequence[Job], names: Sequence[str] | None, as_json: bool,
+               more: int = 0) -> None:  # fmt: skip
+    """Print jobs as JSON, as columns for a script, or as a table for a person."""
     if as_json:
-        echo_json([job_json(job) for job in store.queries.jobs(where, states, limit, sort)])
-        return
-    jobs = store.queries.jobs(where, states, LIST_ROWS if limit is None else limit, sort)
-    living, queues = living_workers(home, store), store.queues.all()
-    found = store.queries.wait_reasons(jobs, living, queues, store.config.settings())
-    echo(job_lines(jobs, found, store.queries.how_many(where, states) - len(jobs), now_ms(), width()))
+        echo_json([job_json(job) for job in jobs])
+    elif names:
+        echo(column_line(job, names) for job in jobs)
+    else:
+        living, queues = living_workers(home, store), store.queues.all()
+        found = store.queries.wait_reasons(jobs, living, queues, store.config.settings())
+        echo(job_lines(jobs, found, more, now_ms(), width()))
 
 
 @cli.command("show")
@@ -6914,17 +7362,20 @@ def show_command(home: Home, store: Store, id: str, as_json: bool) -> None:
 
 
 @cli.command("logs")
-@id_argument
+@click.argument("id", required=False, shell_complete=complete_ids)
+@click.option("--failed", is_flag=True, help="Of the job that failed last.")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
 @click.option("--tail", type=click.IntRange(0, MOST), metavar="N", help="The last N lines alone.")
 @click.option("--attempt", type=click.IntRange(1, MOST), metavar="K", help="The output of attempt K alone.")
 @click.option("--raw", is_flag=True, help="Every byte, progress bars in all their states.")
 @with_store
 def logs_command(
-    home: Home, store: Store, id: str, follow: bool, tail: int | None, attempt: int | None, raw: bool
-) -> None:
-    """Print a job's output."""
-    job = store.queries.get(id)
+    home: Home, store: Store, id: str | None, failed: bool, follow: bool, tail: int | None, attempt: int | None,
+    raw: bool,
+) -> None:  # fmt: skip
+    """Print a job's output; without an id, that of the job that started last."""
+    refuse_both(failed and "--failed", id or "")
+    job = store.queries.get(id) if id else last_job(store, failed)
     path = home.log(job.id)
     start, end = log_range(path, job, store.queries.history(job), attempt)
     start = start if tail is None else tail_start(path, tail, start, end)
@@ -6945,14 +7396,22 @@ def logs_command(
         echo_some(echo_err, error_line(job, store.queries.history(job), attempt))
 
 
+def last_job(store: Store, failed: bool) -> Job:
+    """The job that started last, or failed last; says on stderr which one it is."""
+    job = store.queries.last_failed() if failed else store.queries.last_started()
+    echo_err(f"job {job.id}")
+    return job
+
+
 @cli.command("wait")
-@selection_options
+@selection_options(*State)
 @click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
 @json_option
 @with_store
 def wait_command(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
-    seqs = None if which == Selection() else [job.seq for job in some_of(store.queries.chosen(which))]
+    every = which in (NOTHING, EVERY_JOB)
+    seqs = None if every else [job.seq for job in some_of(store.queries.chosen(which))]
     counts = store.queries.counts(seqs)
     timeout_s = option_duration("--timeout", timeout)
     with progress_to(sum(counts.values())) as progress:
@@ -6966,7 +7425,7 @@ def wait_command(home: Home, store: Store, which: Selection, timeout: str | None
 def some_of(jobs: list[Job]) -> list[Job]:
     """Jobs to wait for; NotFound where there are none, which is most likely a slip."""
     if not jobs:
-        raise NotFound("no job bears that tag or is in that queue")
+        raise NotFound("no job has that tag, queue or state")
     return jobs
 
 
@@ -6988,54 +7447,51 @@ def progress_to(total: int) -> Iterator[Callable[[int], object]]:
 
 
 @cli.command("cancel")
-@selection_options
+@selection_options(*OPEN)
 @json_option
 @with_store
 def cancel_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
-    """Let waiting jobs never run, and end those that do."""
-    echo_done(cancel_jobs(home, store, which, echo_err), "cancelled", as_json)
+    """Let waiting jobs never run, and end those that do; jobs that have ended are passed over."""
+    done, passed_over = cancel_jobs(home, store, which, echo_err)
+    echo_some(echo_err, passed_over_line(passed_over, len(done) + len(passed_over)))
+    echo_done(done, "cancelled", as_json, none=[] if passed_over else NO_JOBS)
 
 
 @cli.command("edit", cls=TypedCommand)
-@selection_options
-@field_options(*(name for name in FIELDS if name not in ("id", "queue", "tag")))
-@click.option("--clear", type=click.Choice(sorted({*CLEARABLE, *map(as_option, CLEARABLE)})), multiple=True,
-              metavar="FIELD", help="As if nothing had been said of it; may be repeated.")  # fmt: skip
+@change_options(*EDITABLE)
 @json_option
 @with_store
-def edit_command(
-    home: Home, store: Store, which: Selection, clear: Sequence[str], as_json: bool, **options: Any
-) -> None:
-    """Change waiting jobs; a command behind -- replaces theirs.
+def edit_command(home: Home, store: Store, which: Selection, spec: Spec, as_json: bool) -> None:
+    """Change waiting or dead jobs, which stay dead; a command behind -- replaces theirs.
 
     With ids, --queue and --tag are new values; without, they choose the jobs.
     """
-    if which.ids:
-        options |= {"tag": which.tag, "queue": which.queue}
-        which = Selection(which.ids)
-    prepared = Preparation()
-    spec = changes_given(click.get_current_context().meta.get("typed"), options, clear, prepared)
-    done = store.changes.edit(which, spec, now_ms())
+    done = store.changes.edit(which, require_changes(spec), now_ms())
     wake_worker(home, store, echo_err)
-    prepared.tell(echo_err)
-    echo_done(done, "edited", as_json)
+    document = [{"id": after.id, "changed": changed_fields(before, after)} for before, after in done]
+    answer(as_json, document, [edit_line(before, after) for before, after in done] or NO_JOBS)
 
 
-def changes_given(
-    typed: Sequence[str] | None, options: Mapping[str, Any], clear: Sequence[str], prepared: Preparation
-) -> Spec:
-    """What an `edit` makes of fields: those that it sets, and those that it clears."""
-    fields = parse_options({**options, "env": with_values(options["env"])})
-    refuse_both("command" in fields and "--command", bool(typed) and "a command behind --")
-    if typed:
-        fields["command"] = as_typed(typed)
-    cleared = {name: BLANK[name] for name in (word.replace("-", "_") for word in clear)}
-    for name in cleared:
-        refuse_both(name in fields and f"setting {name!r}", "--clear of it")
-    if not fields and not cleared:
+@cli.command("rerun", cls=TypedCommand)
+@change_options(*ENDED)
+@json_option
+@with_store
+def rerun_command(home: Home, store: Store, which: Selection, spec: Spec, as_json: bool) -> None:
+    """Put jobs that have ended, in whatever way, back to pending with no attempts made.
+
+    Fields are changed before the job can start, and a command behind -- replaces theirs. With ids, --queue and
+    --tag are new values; without, they choose the jobs.
+    """
+    done = store.changes.rerun(which, now_ms(), spec)
+    wake_worker(home, store, echo_err)
+    echo_done(done, "pending again", as_json)
+
+
+def require_changes(spec: Spec) -> Spec:
+    """The same; BadInput where nothing is to change."""
+    if not spec:
         raise BadInput("name a field to change, for example --priority 5")
-    spec = check_fields(fields, now_ms())
-    return {**prepared(spec), **cleared}
+    return spec
 
 
 @cli.group("dlq")
@@ -7043,34 +7499,33 @@ def dlq_group() -> None:
     """The dead letter queue: jobs whose retries are used up."""
 
 
-all_option = click.option("--all", "every", is_flag=True, help="All of them.")
-
-
 @dlq_group.command("list")
-@tag_and_queue
-@click.option("--limit", type=click.IntRange(0, MOST), metavar="N", help="The newest N; default 100, with --json all.")
+@selection_options(ids=False)
+@limit_option
 @json_option
 @with_store
 def dlq_list_command(home: Home, store: Store, which: Selection, limit: int | None, as_json: bool) -> None:
     """Show dead jobs."""
-    show_jobs(home, store, which, [State.DEAD], limit, as_json)
+    show_jobs(home, store, which._replace(states=[State.DEAD]), limit, as_json)
 
 
-@dlq_group.command("retry")
-@selection_options
-@all_option
+@dlq_group.command("retry", cls=TypedCommand)
+@change_options()
 @json_option
 @with_store
-def dlq_retry_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
-    """Put dead jobs back to pending, with no attempts made."""
-    done = store.changes.retry_dead(which, now_ms())
+def dlq_retry_command(home: Home, store: Store, which: Selection, spec: Spec, as_json: bool) -> None:
+    """Put dead jobs back to pending, with no attempts made.
+
+    Fields are changed before the job can start, and a command behind -- replaces theirs. With ids, --queue and
+    --tag are new values; without, they choose the jobs.
+    """
+    done = store.changes.retry_dead(which, now_ms(), spec)
     wake_worker(home, store, echo_err)
     echo_done(done, "pending again", as_json)
 
 
 @dlq_group.command("purge")
-@selection_options
-@all_option
+@selection_options()
 @json_option
 @with_store
 def dlq_purge_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
@@ -7081,13 +7536,13 @@ def dlq_purge_command(home: Home, store: Store, which: Selection, as_json: bool)
     echo_done(done, "purged", as_json)
 
 
-def echo_done(ids: Sequence[str], what: str, as_json: bool) -> None:
-    """Print what has become of some jobs."""
-    answer(as_json, [{"id": id} for id in ids], [f"{id} {what}" for id in ids] or ["no such jobs"])
+def echo_done(ids: Sequence[str], what: str, as_json: bool, none: Sequence[str] = NO_JOBS) -> None:
+    """Print what has become of some jobs, or that there were none."""
+    answer(as_json, [{"id": id} for id in ids], [f"{id} {what}" for id in ids] or none)
 
 
 @cli.command("hold")
-@selection_options
+@selection_options(*WAITING)
 @json_option
 @with_store
 def hold_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
@@ -7096,7 +7551,7 @@ def hold_command(home: Home, store: Store, which: Selection, as_json: bool) -> N
 
 
 @cli.command("release")
-@selection_options
+@selection_options(*WAITING)
 @json_option
 @with_store
 def release_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
@@ -7175,7 +7630,7 @@ def check_limit(text: str) -> int:
 
 @cli.command("prune")
 @click.option("--older-than", default="0", metavar="TIME", help="Ended at least so long ago.")
-@click.option("--state", "states", multiple=True, type=click.Choice([s.value for s in ENDED]), help="In this state.")
+@state_option(ENDED)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 @with_store
@@ -7193,11 +7648,11 @@ def prune_command(
 
 
 @cli.command("export")
-@click.option("--state", "states", multiple=True, type=click.Choice([s.value for s in State]), help="In this state.")
+@selection_options(*State)
 @with_store
-def export_command(home: Home, store: Store, states: Sequence[str]) -> None:
-    """Write jobs as JSON Lines that `enqueue -` reads back."""
-    echo(export_line(job) for job in store.queries.jobs(states=states))
+def export_command(home: Home, store: Store, which: Selection) -> None:
+    """Write jobs, none named: all, as JSON Lines that `enqueue -` reads back."""
+    echo(export_line(job) for job in store.queries.chosen(EVERY_JOB if which == NOTHING else which))
 
 
 @cli.group("config")

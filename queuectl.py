@@ -1052,7 +1052,7 @@ _GRAMMARS: Mapping[Shell, _Grammar] = {
         re.compile(_SH_TOKEN, re.X | re.A | re.S),
         {"single": _in_single_quotes, "double": _in_double_quotes, "forced": _sh_text, "bare": quote_sh},
         re.compile(rf"{_RUNS_SH}|(?<![\w./-])(?:eval|trap|let|alias|declare|typeset|unset|read|test\s.*-v|"
-                   rf"\[\s.*-v)\s[^;&|\n<>]*$|{_RUNS_POWERSHELL}"),
+                   rf"\[\s.*-v)\s(?:[^;&|\n<>\\]|\\[\s\S])*$|{_RUNS_POWERSHELL}"),
     ),
     "cmd": _Grammar(
         re.compile(_CMD_TOKEN, re.X | re.A | re.S), {"inside": _in_cmd_quotes, "bare": quote_cmd},

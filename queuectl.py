@@ -1830,6 +1830,7 @@ _MAN_FORMS = (
     "queuectl enqueue [OPTIONS] -- COMMAND [ARG]...",
     "queuectl enqueue [OPTIONS] JSON",
     "queuectl enqueue [OPTIONS] -",
+    "queuectl enqueue --each FILE [OPTIONS] -- COMMAND [ARG]...",
     "queuectl COMMAND [OPTIONS] [ARG]...",
 )
 _MAN_DESCRIPTION = (
@@ -1854,6 +1855,8 @@ _MAN_VARIABLES = (
     ("QUEUECTL_ATTEMPT", "For a job: 1 at the first attempt, 2 at the first retry, and so on."),
     ("QUEUECTL_QUEUE", "For a job: its queue."),
     ("QUEUECTL_SLOT", "For a job: the number of its worker, the lowest that no other living worker of this home has."),
+    ("QUEUECTL_ITEM", "For one of many jobs of a call: its item."),
+    ("QUEUECTL_INDEX", "For one of many jobs of a call: the number of its item, from 1."),
     ("QUEUECTL_RUN", "For a job: the run tag of this attempt, by which its processes are found. Leave it alone."),
 )
 _MAN_FILES = (

@@ -6923,6 +6923,8 @@ def signatures(body: Iterable[ast.stmt], indent: str = "") -> Iterator[str]:
             yield from signatures(node.body, indent + "    ")
         elif isinstance(node, ast.Assign) and not indent:
             yield from (name for name in map(ast.unparse, node.targets) if name.isidentifier() and name[0] != "_")
+        elif isinstance(node, ast.AnnAssign) and node.value and not indent:
+            yield ast.unparse(node.target)
 
 
 # ---- with development dependencies

@@ -26,6 +26,7 @@ The file, from top to bottom; a section uses only those above it:
     text            values to words, and words to values
     model           states, jobs, attempts, and the rows that others pass about
     fields          what input is legal, and how a command line names it
+    templates       many jobs from one line: items, places, quoting for a shell; pure
     settings        typed configuration, and when a failed job runs again
     views           jobs and counts to text or JSON; pure
     schema          migrations, append-only
@@ -58,7 +59,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, Literal, NamedTuple, TextIO, TypeVar, cast
 
 try:
     import click
@@ -94,6 +95,7 @@ WORKER_CACHE_KIB = 512  # a worker looks at few pages; it does not grow with the
 LIST_ROWS = 100  # rows that a table shows unless told
 LOW_DISK_BYTES = 100 << 20  # where `doctor` begins to worry
 MAX_COMMAND_BYTES = 128 * 1024
+MAX_ARRAY = 10_000_000  # numbers of one `enqueue --array`
 MAX_DELAY_S = 100 * 366 * 86_400  # of a job; the moment it leads to must have a date
 MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day that datetime knows
 EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127, 126, 75, 124, 130
@@ -956,6 +958,408 @@ def parse_columns(text: str) -> list[str]:
     return names
 
 
+# ======================================================================== templates
+
+Shell = Literal["sh", "cmd"]  # what runs a command that is a line; both are handled on every system
+ITEM_FIELDS = ("id", "tag", "cwd", "key", "queue")  # places in these stand for the item, and in `env` and the command
+_ITEM, _INDEX = "QUEUECTL_ITEM", "QUEUECTL_INDEX"
+_PLACE = "\0"  # stands for a place while a line is read: no command line can hold it
+
+
+class Item(NamedTuple):
+    """One of the many that a call of `enqueue` makes jobs of."""
+
+    value: str
+    number: int  # from 1
+    cells: Sequence[str] = ()  # of its row, where it comes from a CSV file
+
+
+_Get = Callable[[Item], str]
+_Quote = Callable[[str], str]
+
+
+def _paths(shell: Shell) -> Any:
+    """The module that knows the file names of a shell's system."""
+    import ntpath
+    import posixpath
+
+    return posixpath if shell == "sh" else ntpath
+
+
+def _last_part(path: str, paths: Any) -> str:
+    return str(paths.basename(path.rstrip(f"/{paths.sep}")) or path)
+
+
+def _directory(path: str, paths: Any) -> str:
+    return str(paths.dirname(path.rstrip(f"/{paths.sep}") or path) or ".")
+
+
+def _place(name: str, columns: Sequence[str], shell: Shell) -> _Get:
+    """What stands at the place `{name}`, given an item."""
+    paths = _paths(shell)
+    known: dict[str, _Get] = {
+        "": lambda item: item.value,
+        ".": lambda item: str(paths.splitext(item.value)[0]),
+        "/": lambda item: _last_part(item.value, paths),
+        "//": lambda item: _directory(item.value, paths),
+        "/.": lambda item: str(paths.splitext(_last_part(item.value, paths))[0]),
+        "#": lambda item: str(item.number),
+    }
+    if name in known:
+        return known[name]
+    column = columns.index(name)
+    return lambda item: item.cells[column]
+
+
+def _places(columns: Sequence[str]) -> re.Pattern[str]:
+    """Finds the places in a text, and the braces that are written twice."""
+    names = "|".join(re.escape(name) for name in columns if name)
+    return re.compile(r"\{\{|\}\}|\{(|\.|//?|/\.|#" + (f"|{names}" if names else "") + r")\}")
+
+
+class Template:
+    """A text with places for an item: compiled once, filled for each item.
+
+    With `line` it is a line for the shell, and every value is quoted as its place demands. BadInput where a place
+    stands at which nothing can be quoted safely.
+    """
+
+    def __init__(self, text: str, columns: Sequence[str], shell: Shell, *, line: bool = False) -> None:
+        if _PLACE in text:
+            raise BadInput("must not contain a NUL character")
+        self._gets: list[_Get] = []
+
+        def keep(match: re.Match[str]) -> str:
+            if match[1] is None:
+                return match[0][0]
+            self._gets.append(_place(match[1], columns, shell))
+            return _PLACE
+
+        text = _places(columns).sub(keep, text)
+        if line:
+            self._gets = [
+                functools.partial(_quoted, quote, get)
+                for quote, get in zip(_quotes_of(text, shell), self._gets, strict=True)
+            ]
+        self._format = text.replace("%", "%%").replace(_PLACE, "%s")
+
+        self.has_places = bool(self._gets)
+        self.text = text  # with marks where the places are
+
+    def fill(self, item: Item) -> str:
+        """The text for an item."""
+        return self._format % tuple([get(item) for get in self._gets])
+
+
+def _quoted(quote: _Quote, get: _Get, item: Item) -> str:
+    return quote(get(item))
+
+
+# ---- quoting for a shell
+
+_SH_BARE = re.compile(r"[A-Za-z0-9_@%+:./-]+")
+_SH_RESERVED = re.compile("if|then|else|elif|fi|do|done|case|esac|while|until|for|in|function|select|time|coproc")
+_CMD_BARE = re.compile(r"[A-Za-z0-9_@+:.\\/~-]+")
+_CMD_SPECIAL = re.compile(r'[%!^"&|<>\x00-\x1f]')
+
+
+def _sh_text(value: str) -> str:
+    return "'" + value.replace("'", "'\"'\"'") + "'"
+
+
+def quote_sh(value: str) -> str:
+    """A value as one word of a line for /bin/sh."""
+    is_plain = _SH_BARE.fullmatch(value) and not _SH_RESERVED.fullmatch(value)
+    return value if is_plain else _sh_text(value)
+
+
+def _in_double_quotes(value: str) -> str:
+    return re.sub(r'([\\"$`])', r"\\\1", value)
+
+
+def _in_single_quotes(value: str) -> str:
+    return value.replace("'", "'\\''")
+
+
+def _refuse_special(value: str) -> str:
+    """BadInput for a value that cmd.exe would change or take apart, even in quotes."""
+    if found := _CMD_SPECIAL.search(value):
+        raise BadInput(f"{printable(value)!r} holds {printable(found[0])!r}, which cannot be quoted in a line for "
+                       "cmd.exe; give the command as several words")  # fmt: skip
+    return value
+
+
+def quote_cmd(value: str) -> str:
+    """A value as one word of a line for cmd.exe."""
+    if _CMD_BARE.fullmatch(_refuse_special(value)) and not value.endswith("\\"):
+        return value
+    ending = len(value) - len(value.rstrip("\\"))  # programs take a backslash before a quote for an escape
+    return f'"{value}{ending * chr(92)}"'
+
+
+def _in_cmd_quotes(value: str) -> str:
+    if value.endswith("\\"):
+        raise BadInput(f"{printable(value)!r} ends in a backslash; take the quotes round its place away")
+    return _refuse_special(value)
+
+
+class _Grammar(NamedTuple):
+    """How a shell reads a line, as far as it is certain what quoting holds at a place."""
+
+    token: re.Pattern[str]  # a place is quoted as the name of the group says; what matches no token ends the certainty
+    quotes: Mapping[str, _Quote]
+    runs: re.Pattern[str]  # the end of a text behind which a word is run as a line of its own
+
+
+_RUNS_SH = r"sh(?:\.exe)?['\"]?\s+(?:-\S+\s+)*-\w*c\s+(?:\$\S*\s+)*\S*$"
+_RUNS_POWERSHELL = r"(?i:(?:^|[\s\\/])(?:powershell|pwsh)(?:\.exe)?['\"]?\s+(?!.*-f(?:ile)?\s)[^&|\0]*$)"
+# Quotes round a place may hold only what file names are made of: what stands in others may be a line for another
+# shell (`sh -c "cat {}"`, `ssh host "cat {}"`), which would read the value once more.
+_SH_TOKEN = r"""
+    (?P<single> ' [\w@%+=:,./\0-]* \0 [\w@%+=:,./\0-]* ' )
+  | (?P<double> " [\w@%+=:,./\0-]* \0 [\w@%+=:,./\0-]* " )
+  | ' [^'\0]* '
+  | " (?: [^"\\`$\0] | \\ [^\0\n] | \$ (?![(\[{\0]) | \$ \{ [\w@*\#?:+=%/., -]* \} )* "
+  | \\ [^\0\n] (?!\#)                              # an escaped blank before # begins no comment
+  | (?<= [ \t] ) \\ \n
+  | (?<! [^\s;&|()<>] ) \# [^\n\0]* (?= \n | \Z )  # a comment
+  | (?<= [^\s;&|()<>] ) \#
+  | \$ [A-Za-z_]\w* (?![\w\0])
+  | \$ [\d@*\#?$!-]
+  | \$ \{ [\w@*\#?:+=%/., -]* \}
+  | \$? \( (?!\()                                  # (( begins arithmetic, which may run what a value holds
+  | \$ (?= [\s;&|)] | \Z )
+  | (?<! \w ) \[ (?! \[ [\s;&|()<>] ) | (?<= \w ) \[ (?! [^\]\s]* \0 )  # so does a subscript, and a test in [[
+  | < (?!<)                                        # a here-document
+  | (?P<forced> \0 (?= [<>] ) )                    # digits there would name a descriptor
+  | (?P<bare> \0 )
+  | [^\\'"`$\#(<\[\0]
+"""
+_CMD_TOKEN = r"""
+    (?P<inside> (?<! ["\0] ) " [\w@+=:,./\\-]* \0 [\w@+=:,./\\\0-]* " (?! ["\0] ) )
+  | (?<! ["\0] ) " [^"\0]* (?<! \\ ) " (?! ["\0] )
+  | (?P<bare> (?<! [%!^"\0] ) \0 (?! ["\0] ) )
+  | \^ [^\0]
+  | \\ (?! " )
+  | [^\^"\\\0]
+"""
+_GRAMMARS: Mapping[Shell, _Grammar] = {
+    "sh": _Grammar(
+        re.compile(_SH_TOKEN, re.X | re.A | re.S),
+        {"single": _in_single_quotes, "double": _in_double_quotes, "forced": _sh_text, "bare": quote_sh},
+        re.compile(rf"{_RUNS_SH}|(?<![\w./-])(?:eval|trap|let|alias|declare|typeset|unset|read|test\s.*-v|"
+                   rf"\[\s.*-v)\s(?:[^;&|\n<>\\]|\\[\s\S])*$|{_RUNS_POWERSHELL}"),
+    ),
+    "cmd": _Grammar(
+        re.compile(_CMD_TOKEN, re.X | re.A | re.S), {"inside": _in_cmd_quotes, "bare": quote_cmd},
+        re.compile(f"{_RUNS_SH}|{_RUNS_POWERSHELL}"),
+    ),
+}  # fmt: skip
+
+
+def _shown(text: str) -> str:
+    return printable(text[-30:].replace(_PLACE, "{}") + "{}")
+
+
+def _refuse_if_run(before: str, runs: re.Pattern[str]) -> None:
+    """BadInput where what stands behind this text is a command line to another shell."""
+    if runs.search(before):
+        raise BadInput(f"what stands for the braces in {_shown(before)!r} would be run as a command line; "
+                       """pass it as an argument, like: sh -c 'cat "$1"' sh {}""")  # fmt: skip
+
+
+def _quotes_of(line: str, shell: Shell) -> list[_Quote]:
+    """For each place in a line for the shell: how what stands there is quoted."""
+    grammar = _GRAMMARS[shell]
+    found: list[_Quote] = []
+    at = 0
+    while _PLACE in line[at:]:
+        token = grammar.token.match(line, at)
+        if token is None:
+            raise BadInput(f"a value cannot be quoted safely in {_shown(line[: line.index(_PLACE, at)])!r}; write its "
+                           "braces as a word or a part of one, outside of quotes, comments, `...`, ${...}, $((...)) "
+                           "and here-documents, or give the command as several words")  # fmt: skip
+        if _PLACE in token[0]:
+            _refuse_if_run(line[: at + token[0].index(_PLACE)], grammar.runs)
+            found += [grammar.quotes[token.lastgroup or ""]] * token[0].count(_PLACE)
+        at = token.end()
+    return found
+
+
+# ---- the command and the fields
+
+_OPEN_END = re.compile(r"[;&|({`\\^!]$")  # what would be added behind it is a command, or none
+
+
+def _line_template(line: str, columns: Sequence[str], shell: Shell) -> Template:
+    """A line for the shell; the item is its last word where it says nothing of one."""
+    template = Template(line, columns, shell, line=True)
+    if template.has_places:
+        return template
+    line = line.rstrip()
+    if not line or _OPEN_END.search(line):
+        raise BadInput("say where the item stands in this line: {}")
+    return Template(f"{line} {{}}", columns, shell, line=True)
+
+
+def _word_templates(words: Sequence[str], columns: Sequence[str], shell: Shell) -> list[Template]:
+    """The words of a command that no shell reads; the item is the last where they say nothing of one."""
+    templates = [Template(word, columns, shell) for word in words]
+    if not any(template.has_places for template in templates):
+        return [*templates, Template("{}", columns, shell)]
+    for at, template in enumerate(templates):
+        if template.has_places and at:
+            _refuse_if_run(" ".join(words[:at]) + " ", re.compile(f"{_RUNS_SH}|{_RUNS_POWERSHELL}"))
+    return templates
+
+
+def _command_filler(
+    command: str | list[str] | None, columns: Sequence[str], shell: Shell
+) -> Callable[[Item], str | list[str]]:
+    """What makes the command for an item; without a command the item is one itself."""
+    if command is None:
+        return lambda item: item.value
+    if isinstance(command, str):
+        return _line_template(command, columns, shell).fill
+    check: _Quote = str
+    if shell == "cmd" and command[0].lower().endswith((".bat", ".cmd")):
+        check = _refuse_special  # cmd.exe reads their arguments
+    words = [word.fill if word.has_places else word.text for word in _word_templates(command, columns, shell)]
+    return lambda item: [word if isinstance(word, str) else check(word(item)) for word in words]
+
+
+def specs_of_items(
+    items: Iterable[Item], columns: Sequence[str], command: str | list[str] | None, fields: Mapping[str, Any],
+    shell: Shell, now: int,
+) -> Iterator[tuple[str, Spec]]:  # fmt: skip
+    """The spec of a job for each item, with what an error about it begins with.
+
+    What is the same for all is checked before the first item is read.
+    """
+    templates = {name: Template(fields[name], columns, shell) for name in ITEM_FIELDS if name in fields}
+    texts = {name: template for name, template in templates.items() if template.has_places}
+    same = {**fields, **{name: template.text for name, template in templates.items()}}
+    fixed = check_fields({name: value for name, value in same.items() if name not in texts}, now)
+    command_for = _command_filler(command, columns, shell)
+    env_for = _env_filler(fields.get("env", {}), columns, shell)
+
+    def spec_of(item: Item) -> Spec:
+        spec = {**fixed, "command": check_field("command", command_for(item)), "env": env_for(item)}
+        for name, text in texts.items():
+            spec[name] = check_field(name, text.fill(item))
+        return spec
+
+    return _with_origins(items, spec_of)
+
+
+def _env_filler(env: Mapping[str, str], columns: Sequence[str], shell: Shell) -> Callable[[Item], dict[str, str]]:
+    """What makes the variables for an item; their names have been checked."""
+    texts = {name: Template(value, columns, shell) for name, value in env.items()}
+    if not texts:
+        return lambda item: {_ITEM: _text(item.value), _INDEX: str(item.number)}
+
+    def env_for(item: Item) -> dict[str, str]:
+        own = {name: text.fill(item) for name, text in texts.items()}
+        return dict(check_field("env", {_ITEM: item.value, _INDEX: str(item.number), **own}))
+
+    return env_for
+
+
+def _with_origins(items: Iterable[Item], spec_of: Callable[[Item], Spec]) -> Iterator[tuple[str, Spec]]:
+    for item in items:
+        origin = f"item {item.number}: "
+        try:
+            spec = spec_of(item)
+        except BadInput as error:
+            raise BadInput(f"{origin}{error}") from None
+        yield origin, spec
+
+
+# ---- where items come from
+
+
+def _pieces(file: BinaryIO, end: bytes) -> Iterator[bytes]:
+    """What stands between the ends of a file's items, in bounded memory; QueueError for an endless one."""
+    rest = b""
+    while block := file.read(1 << 16):
+        *whole, rest = (rest + block).split(end)
+        yield from whole
+        if len(rest) > 1 << 20:
+            raise BadInput("a line of more than 1 MiB is no item; is this the right file?")
+    if rest:
+        yield rest
+
+
+def _texts(file: BinaryIO, end: bytes, what: str) -> Iterator[str]:
+    """The same as text; BadInput names the number of what is not UTF-8."""
+    for number, piece in enumerate(_pieces(file, end), 1):
+        try:
+            yield piece.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise BadInput(f"{what} {number}: is not valid UTF-8") from None
+
+
+def read_items(file: BinaryIO, *, null: bool = False) -> Iterator[Item]:
+    """An item for each line that is not blank; with `null` for each that ends in NUL."""
+    if null:
+        values: Iterable[str] = filter(None, _texts(file, b"\0", "item"))
+    else:
+        values = (line for text in _texts(file, b"\n", "line") if (line := text.removesuffix("\r")).strip())
+    return (Item(value, number) for number, value in enumerate(values, 1))
+
+
+def read_rows(file: BinaryIO) -> tuple[list[str], Iterator[Item]]:
+    """The names of the columns of a CSV file, and an item for each row below them: its cells joined by commas."""
+    import csv
+
+    reader = csv.reader((f"{text}\n" for text in _texts(file, b"\n", "line")), strict=True)
+
+    def rows() -> Iterator[list[str]]:
+        try:
+            yield from filter(any, reader)
+        except csv.Error as error:
+            raise BadInput(f"line {reader.line_num}: is not CSV ({error})") from None
+
+    found = rows()
+    columns = [name.strip() for name in next(found, [])]
+    if not columns:
+        raise BadInput("the CSV file is empty; its first line must name the columns")
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice:
+        raise BadInput(f"line 1: names the column {printable(twice)!r} twice")
+    return columns, (
+        Item(",".join(cells), number, cells)
+        for number, cells in enumerate((_checked_row(cells, len(columns), reader.line_num) for cells in found), 1)
+    )
+
+
+def _checked_row(cells: list[str], columns: int, line: int) -> list[str]:
+    if len(cells) != columns:
+        cells_here, named = number_of(len(cells), "cell"), number_of(columns, "column")
+        raise BadInput(f"line {line}: has {cells_here}, but line 1 names {named}")
+    return cells
+
+
+def number_items(text: str) -> Iterator[Item]:
+    """An item for each number of an array such as `1-100`, `1-10:2` or `1,3,7-9`; BadInput where it is none."""
+    ranges = [_parse_range(part.strip()) for part in text.split(",")]
+    if sum(map(len, ranges)) > MAX_ARRAY:
+        raise BadInput(f"--array has {sum(map(len, ranges))} numbers; at most {MAX_ARRAY} at once")
+    numbers = (str(number) for numbers in ranges for number in numbers)
+    return (Item(value, n) for n, value in enumerate(numbers, 1))
+
+
+def _parse_range(text: str) -> range:
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?", text, re.ASCII)
+    if not found:
+        limit = "; a limit on how many run at once is `queuectl queue limit`" if "%" in text else ""
+        raise BadInput(f"--array takes numbers like 1-100, 1-10:2 or 1,3,7-9, not {printable(text)!r}{limit}")
+    first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
+    if last < first or not step:
+        raise BadInput(f"--array {text}: {'its step is 0' if not step else 'it descends'}; say for example 1-10:2")
+    return range(first, last + 1, step)
+
+
 # ======================================================================== settings
 
 
@@ -1359,6 +1763,17 @@ def export_line(job: Job) -> str:
     return json.dumps({name: value for name, value in shown.items() if value is not None})
 
 
+def spec_line(spec: Spec) -> str:
+    """The same of a job that is not stored yet."""
+    shown = {**spec, "run_at": iso_time(spec.get("run_at"))}
+    return json.dumps({name: value for name, value in shown.items() if value is not None})
+
+
+def batch_line(count: int, tag: str) -> str:
+    """Return what a user reads after an `enqueue` of many jobs."""
+    return f"{number_of(count, 'job')}, tag {tag}; follow them: queuectl wait --tag {tag}"
+
+
 def worker_json(row: WorkerRow) -> dict[str, Any]:
     """A worker as JSON shows it."""
     return {
@@ -1541,6 +1956,7 @@ _MAN_FORMS = (
     "queuectl enqueue [OPTIONS] -- COMMAND [ARG]...",
     "queuectl enqueue [OPTIONS] JSON",
     "queuectl enqueue [OPTIONS] -",
+    "queuectl enqueue --each FILE [OPTIONS] -- COMMAND [ARG]...",
     "queuectl COMMAND [OPTIONS] [ARG]...",
 )
 _MAN_DESCRIPTION = (
@@ -1565,6 +1981,8 @@ _MAN_VARIABLES = (
     ("QUEUECTL_ATTEMPT", "For a job: 1 at the first attempt, 2 at the first retry, and so on."),
     ("QUEUECTL_QUEUE", "For a job: its queue."),
     ("QUEUECTL_SLOT", "For a job: the number of its worker, the lowest that no other living worker of this home has."),
+    ("QUEUECTL_ITEM", "For one of many jobs of a call: its item."),
+    ("QUEUECTL_INDEX", "For one of many jobs of a call: the number of its item, from 1."),
     ("QUEUECTL_RUN", "For a job: the run tag of this attempt, by which its processes are found. Leave it alone."),
 )
 _MAN_FILES = (
@@ -2615,6 +3033,17 @@ class Queries:
         return sum(job.timeout is None for job in jobs), [job for job in jobs if job.timeout is not None]
 
 
+class Enqueued:
+    """What an `enqueue` has stored; yields the id of each job, and whether it is new."""
+
+    def __init__(self, jobs: Iterator[tuple[str, bool]], made: int, tag: str | None) -> None:
+        self._jobs = jobs
+        self.made, self.tag = made, tag  # how many are new, and the tag that they got; only where one was asked for
+
+    def __iter__(self) -> Iterator[tuple[str, bool]]:
+        return self._jobs
+
+
 class Jobs:
     """The life of a job: enqueued, claimed, finished. The methods share one transaction and one guard."""
 
@@ -2624,24 +3053,27 @@ class Jobs:
     # ---- in
 
     def enqueue(
-        self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False
-    ) -> Iterator[tuple[str, bool]]:
+        self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False, tag_them: bool = False
+    ) -> Enqueued:
         """Store all jobs or none. Return the id of each, and whether it is new.
 
         Each spec comes with what an error about it begins with. A job whose key is taken is
         not stored: the id of the one that bears it is returned. QueueError for an id that exists.
         However many there are, they are collected in a temporary table first, which holds up
-        nobody, and take little memory.
+        nobody, and take little memory. With `tag_them` those without a tag get one that is made up.
         """
         self._stage(specs, now)
         with self._db.writing():
             row = self._db.one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
-            self._insert_staged(row[0] if row else 0, now, skip_existing)
+            last = row[0] if row else 0
+            tag = self._make_up_tag(last) if tag_them else None
+            self._insert_staged(last, now, skip_existing, tag)
+            made = self._db.one("SELECT count(*) FROM staged WHERE is_new")[0] if tag_them else 0
             first = self._db.all(
                 f"{_ANSWERED} ORDER BY n LIMIT {LIST_ROWS}"
             )  # read before the commit, so that no error can follow it
         rest = self._db.rows(f"{_ANSWERED} ORDER BY n LIMIT -1 OFFSET {LIST_ROWS}")
-        return ((id, bool(is_new)) for rows in (first, rest) for id, is_new in rows)
+        return Enqueued(((id, bool(is_new)) for rows in (first, rest) for id, is_new in rows), made, tag)
 
     def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
         self._db.run(
@@ -2658,17 +3090,17 @@ class Jobs:
                 f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
             )
 
-    def _insert_staged(self, last: int, now: int, skip_existing: bool) -> None:
-        """Insert the staged jobs, numbered from `last` + 1."""
+    def _insert_staged(self, last: int, now: int, skip_existing: bool, tag: str | None) -> None:
+        """Insert the staged jobs, numbered from `last` + 1; `tag` is for those that have none."""
         self._skip_existing(skip_existing)
         self._make_up_ids(last)
-        self._insert_where("key IS NULL", last, now)
+        self._insert_where("key IS NULL", last=last, now=now, tag=tag)
         for n, key in self._db.all("SELECT n, key FROM staged WHERE is_new AND key IS NOT NULL ORDER BY n"):
             holder = self._queries.key_holder(key)
             if holder:
                 self._db.run("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder)
             else:
-                self._insert_where("n = :n", last, now, n=n)
+                self._insert_where("n = :n", last=last, now=now, tag=tag, n=n)
         for n, id, after, origin in self._db.all(
             "SELECT n, id, after, origin FROM staged WHERE is_new AND after IS NOT NULL ORDER BY n"
         ):
@@ -2686,14 +3118,21 @@ class Jobs:
         ):
             pass  # a user chose an id that we generated
 
-    def _insert_where(self, condition: str, last: int, now: int, **values: int) -> None:
-        columns = ", ".join(_STAGED)
+    def _make_up_tag(self, last: int) -> str:
+        """A tag from the number of a batch's first job, which is never used twice, and that nobody has chosen."""
+        tag = f"t{last + 1:07x}"
+        while self._db.one("SELECT 1 FROM jobs WHERE tag = :tag LIMIT 1", tag=tag):
+            tag += "x"
+        return tag
+
+    def _insert_where(self, condition: str, **values: Any) -> None:
+        columns = ", ".join(name for name in _STAGED if name != "tag")
         self._db.run(
-            f"""INSERT INTO jobs (seq, due_at, updated_at, {columns})
-                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, {columns}
+            f"""INSERT INTO jobs (seq, due_at, updated_at, tag, {columns})
+                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, coalesce(tag, :tag), {columns}
                 FROM staged WHERE is_new AND {condition} ORDER BY n""",
-            **values, last=last, now=now,
-        )  # fmt: skip
+            **values,
+        )
 
     def _skip_existing(self, skip_existing: bool) -> None:
         """Skip staged ids that exist in the queue or occur above. Raise QueueError unless `skip_existing`."""
@@ -3537,6 +3976,7 @@ def is_for_a_queue(directory: str) -> bool:
 #   write gate
 #     WriteGate            lets the workers that want to write in, one after the other; does nothing on Windows
 #   processes
+#     SHELL                the shell that runs a command which is a line
 #     exit_status          an exit code as this system takes it from a program
 #     Process              a command and all that it starts
 #     refuse_too_long      refuse a command or an environment that no process can be given here
@@ -3773,6 +4213,8 @@ if sys.platform == "win32":
             """Nothing is held."""
 
     # ---- processes
+
+    SHELL: Shell = "cmd"
 
     def exit_status(code: int) -> int:
         """An exit code as this system takes it: of 32 bits, and signed for Python."""
@@ -4386,6 +4828,8 @@ else:
             os.close(self._fd)
 
     # ---- processes
+
+    SHELL: Shell = "sh"
 
     def exit_status(code: int) -> int:
         """An exit code as this system takes it: of 8 bits. Windows has larger ones, and none of those is success."""
@@ -7024,36 +7468,85 @@ def cli() -> None:
     """A background job queue for commands. Its home is ~/.queuectl, or QUEUECTL_HOME."""
 
 
+def source_options(command: Any) -> Any:
+    """Where jobs are read from; the command is given those that were named, as one dictionary."""
+
+    @functools.wraps(command)
+    def run(null: bool, **options: Any) -> Any:
+        sources = {name: options.pop(name) for name in ("each", "array", "csv", "lines", "file")}
+        named = {name: source for name, source in sources.items() if source is not None}
+        if null and "each" not in named:
+            raise BadInput("-0 says how the items of --each end; give --each too")
+        if null:
+            named["each0"] = named.pop("each")
+        return command(sources=named, **options)
+
+    file = click.File("rb")
+    made = click.option("--file", "file", type=file, help="JSON Lines from a file.")(run)
+    made = click.option("--lines", type=file, metavar="FILE", help="A job for each line, which is its command.")(made)
+    made = click.option("--csv", type=file, metavar="FILE", help="A job for each row; {NAME} is its column.")(made)
+    made = click.option("--array", metavar="N-M", help="A job for each number: 1-100, 1-10:2, 1,3,7-9.")(made)
+    made = click.option("--null", "-0", is_flag=True, help="The items of --each end in NUL.")(made)
+    return click.option("--each", type=file, metavar="FILE", help="A job for each line; {} stands for it.")(made)
+
+
 @cli.command("enqueue", cls=TypedCommand)
 @click.argument("job", nargs=-1, metavar="[JOB | - | -- COMMAND [ARG]...]", shell_complete=complete_files)
 @field_options(*(name for name in FIELDS if name != "command"))
-@click.option("--file", "file", type=click.File("rb"), help="JSON Lines from a file.")
+@source_options
 @click.option("--skip-existing", is_flag=True, help="Pass over ids that exist.")
+@click.option("--dry-run", is_flag=True, help="Print the jobs as JSON Lines and store nothing.")
 @click.option("--wait", is_flag=True, help="Stay, show the output, exit with the exit code (124: timed out).")
 @json_option
 def enqueue_command(
-    job: Sequence[str], file: Any, skip_existing: bool, wait: bool, as_json: bool, **options: Any
-) -> int:
-    """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -."""
+    job: Sequence[str], sources: dict[str, Any], skip_existing: bool, dry_run: bool, wait: bool, as_json: bool,
+    **options: Any,
+) -> int:  # fmt: skip
+    """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -.
+
+    --each, --array, --csv and --lines make many from one line: {} stands for the item, {.} for it without its
+    ending, {/} for its last part, {//} for its directory, {/.} for its last part without ending, {#} for its
+    number.
+    """
+    refuse_both(dry_run and "--dry-run", wait and "--wait")
     options["env"] = with_values(options["env"])
-    now = now_ms()
-    prepared = Preparation(now)
     typed = click.get_current_context().meta.get("typed")
-    specs = specs_given(job, typed, file, parse_options(options), now, prepared)
+    given = Given(source_of(job, typed, sources), typed, {"cwd": ".", **parse_options(options)}, now_ms())
+    prepared = Preparation(given.now)
+    specs = given.specs(prepared)
+    if dry_run:
+        show_specs(specs, as_json)
+        prepared.tell(echo_err)
+        return 0
     with opened() as (home, store):
         with counting(specs) as counted:
-            stored = store.jobs.enqueue(counted, now, skip_existing=skip_existing)
+            stored = store.jobs.enqueue(counted, given.now, skip_existing=skip_existing, tag_them=given.wants_tag)
         wake_worker(home, store, echo_err)
-        jobs = list(stored) if as_json or wait else stored
-        if as_json:
-            echo_json([{"id": id, "created": created} for id, created in jobs])
-        else:
-            echo(id for id, _ in jobs)
+        ids = show_enqueued(stored, as_json, wait)
         prepared.tell(echo_err)
         if not wait and sys.stderr.isatty():
             hint_at_workers(home, store, echo_err)
         write = (lambda _: None) if as_json else write_or_go_on
-        return stream_stored(home, store, [id for id, _ in jobs], write, echo_err) if wait else 0
+        return stream_stored(home, store, ids, write, echo_err) if wait else 0
+
+
+def show_specs(specs: Iterable[tuple[str, Spec]], as_json: bool) -> None:
+    """Print jobs that are not stored."""
+    lines = (spec_line(spec) for _, spec in specs)
+    echo([f"[{', '.join(lines)}]"] if as_json else lines)
+
+
+def show_enqueued(stored: Enqueued, as_json: bool, keep: bool) -> Sequence[str]:
+    """Print what an `enqueue` has stored. Return the ids where they are to be kept."""
+    jobs = list(stored) if as_json or keep else stored
+    if as_json:
+        tags: Sequence[dict[str, Any]] = ({"tag": None}, {"tag": stored.tag}) if stored.tag else ({}, {})
+        echo_json([{"id": id, "created": created, **tags[created]} for id, created in jobs])
+    else:
+        echo(id for id, _ in jobs)
+    if stored.tag and stored.made and sys.stderr.isatty():
+        echo_err(batch_line(stored.made, stored.tag))
+    return [id for id, _ in jobs] if keep else []
 
 
 @contextlib.contextmanager
@@ -7087,26 +7580,86 @@ def write_out(block: bytes) -> None:
         raise BrokenPipeError
 
 
-def specs_given(
-    words: Sequence[str],
-    typed: Sequence[str] | None,
-    file: Any,
-    fields: dict[str, Any],
-    now: int,
-    prepared: Preparation,
-) -> Iterable[tuple[str, Spec]]:
-    """The jobs that an `enqueue` names, in whichever of its forms."""
-    fields = {"cwd": ".", **fields}
-    if typed and not words and not file:
-        return [("", prepared(check_job({**fields, "command": as_typed(typed)}, now)))]
-    if typed is None and ((file and not words) or (not file and list(words) == ["-"])):
-        batch = read_batch(file or sys.stdin.buffer, now, fields)
-        return prepared_batch(batch, prepared)
-    if len(words) == 1 and not file and typed is None and words[0].lstrip()[:1] in ("{", "["):
-        return [("", prepared(check_job(parse_job(words[0]), now, fields)))]
-    if any(word.lstrip().startswith("{") or ":" in word for word in words):
+def source_of(words: Sequence[str], typed: Sequence[str] | None, sources: Mapping[str, Any]) -> tuple[str, Any]:
+    """The one form of an `enqueue` that was given, a key of FORMS, and what it reads; BadInput for none or two."""
+    named = list(sources.items())
+    if list(words) == ["-"]:
+        named.append(("-", sys.stdin.buffer))
+    elif len(words) == 1 and words[0].lstrip()[:1] in ("{", "["):
+        named.append(("json", words[0]))
+    elif any(word.lstrip().startswith("{") or ":" in word for word in words):
         raise BadInput("the shell has taken the JSON apart; quote it, or use: queuectl enqueue -- COMMAND")
-    raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
+    elif words:
+        named.append(("", None))
+    if typed is not None and (not named or not FORMS[named[0][0]].takes_command):
+        named.append(("typed", None))
+    if len(named) > 1:
+        raise BadInput(f"{' and '.join(FORMS[name].called for name, _ in named)} exclude each other")
+    if not named or not named[0][0] or (not typed and FORMS[named[0][0]].takes_command):
+        raise BadInput("give one job: as JSON, as a command behind -- (queuectl enqueue -- echo hello), or many with -")
+    return named[0]
+
+
+class Given(NamedTuple):
+    """What an `enqueue` was given."""
+
+    source: tuple[str, Any]  # its form, and what that reads
+    typed: Sequence[str] | None
+    fields: dict[str, Any]
+    now: int
+
+    @property
+    def wants_tag(self) -> bool:
+        """Do its jobs get a tag that is made up?"""
+        return FORMS[self.source[0]].is_many and "tag" not in self.fields
+
+    @property
+    def command(self) -> str | list[str]:
+        """One word is a line for the shell, several are a program and its arguments."""
+        return as_typed(self.typed or ())
+
+    def specs(self, prepared: Preparation) -> Iterable[tuple[str, Spec]]:
+        """The jobs, prepared; a list where there is one."""
+        name, source = self.source
+        specs = FORMS[name].specs(self, source)
+        found = prepared_batch(specs, prepared)
+        return list(found) if isinstance(specs, list) else found
+
+    def items(self, items: Iterable[Item], columns: Sequence[str] = ()) -> Iterable[tuple[str, Spec]]:
+        """The jobs of items."""
+        return specs_of_items(items, columns, self.command if self.typed else None, self.fields, SHELL, self.now)
+
+    def rows(self, file: BinaryIO) -> Iterable[tuple[str, Spec]]:
+        """The jobs of the rows of a CSV file."""
+        columns, items = read_rows(file)
+        return self.items(items, columns)
+
+    def one(self, job: Any) -> list[tuple[str, Spec]]:
+        """The one job."""
+        return [("", check_job(job, self.now, self.fields))]
+
+
+class Form(NamedTuple):
+    """A way to name jobs to `enqueue`."""
+
+    called: str
+    specs: Callable[[Given, Any], Iterable[tuple[str, Spec]]]
+    takes_command: bool = False  # behind --
+    is_many: bool = False  # of one line
+
+
+FORMS = {
+    "typed": Form("a command behind --", lambda given, _: given.one({"command": given.command}), takes_command=True),
+    "json": Form("a job as JSON", lambda given, text: given.one(parse_job(text))),
+    "-": Form("-", lambda given, file: read_batch(file, given.now, given.fields)),
+    "file": Form("--file", lambda given, file: read_batch(file, given.now, given.fields)),
+    "each": Form("--each", lambda given, file: given.items(read_items(file)), True, True),
+    "each0": Form("--each", lambda given, file: given.items(read_items(file, null=True)), True, True),
+    "array": Form("--array", lambda given, text: given.items(number_items(text)), True, True),
+    "csv": Form("--csv", lambda given, file: given.rows(file), True, True),
+    "lines": Form("--lines", lambda given, file: given.items(read_items(file)), is_many=True),
+    "": Form("a word", lambda given, _: given.one(None)),
+}
 
 
 def as_typed(words: Sequence[str]) -> str | list[str]:

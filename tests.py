@@ -679,6 +679,216 @@ def test_job_of_an_unknown_state_is_refused(home: Home) -> None:
         q.job_from_row(row)
 
 
+# ---- templates
+
+EVIL = (
+    "$(touch PWNED).wav", "`touch PWNED`", "';touch PWNED;'", '";touch PWNED;"', "\ntouch PWNED\n", "\\';touch PWNED #",
+    "a[$(touch PWNED)]", "\\$(touch PWNED)", "#\ntouch PWNED", "|touch PWNED", "&touch PWNED&", "}$(touch PWNED)",
+    "))$(touch PWNED)", "\nEOF\ntouch PWNED\n", "two words", "*", "~", "-n", "", "a\\", "if", "2", "ü",
+)  # fmt: skip
+REFUSED_LINES = (
+    "'{}x y'", '"x {}"', "`echo {}`", '"$(echo {})"', "x # {}", "${}", "$x{}", "${x:-{}}", "$((1 + {}))", "\\{}",
+    "cat <<EOF\n{}\nEOF", "((x = {}))", "[[ {} -eq 1 ]]", "a[{}]=1", "eval echo {}", "sh -c {}", "let \\\n {}",
+    "/bin/sh -ec 'cat {}'", "unset {}", 'case x in a) "{}', "echo $\\\n({}", "pwsh -c cat {}", "$'{}'",
+)  # fmt: skip
+
+
+def filled(text: str, value: str = "", *, shell: q.Shell = "sh", line: bool = False) -> str:
+    """A template, filled for an item of this value with the number 7 and a row of A=1, B=2."""
+    return q.Template(text, ("A", "B"), shell, line=line).fill(q.Item(value, 7, ("1", "2")))
+
+
+def test_template_places_stand_for_the_item() -> None:
+    """Each place is what the table of the manual says; braces written twice are braces, others are left."""
+    path = "in/day.1/some song.tar.gz"
+    for text, wanted in (
+        ("{}", path), ("{.}", "in/day.1/some song.tar"), ("{/}", "some song.tar.gz"), ("{//}", "in/day.1"),
+        ("{/.}", "some song.tar"), ("{#}", "7"), ("{A}-{B}", "1-2"),
+        ("{C} ${HOME} {1..3} { } {", "{C} ${HOME} {1..3} { } {"),
+        ("{{}} {{A}}", "{} {A}"), ("{{{}}}", "{" + path + "}"), ("100%s %", "100%s %"),
+    ):  # fmt: skip
+        same((text, filled(text, path)), (text, wanted))
+
+
+def test_template_parts_of_odd_paths_are_those_of_the_system() -> None:
+    """A name without a directory is in `.`; on Windows both slashes part, on other systems a backslash is a letter."""
+    found: dict[str, list[str]] = {}
+    shells: dict[q.Shell, list[str]]
+    shells = {"sh": ["name", ".rc", "a.d/b", "d/e/", "/x", "/", "a\\b.c"], "cmd": ["C:\\music\\a.wav", "d/e.f\\g"]}
+    for shell, paths in shells.items():
+        found |= {path: [filled(place, path, shell=shell) for place in ("{/}", "{//}", "{.}")] for path in paths}
+    same(found, {
+        "name": ["name", ".", "name"], ".rc": [".rc", ".", ".rc"], "a.d/b": ["b", "a.d", "a.d/b"],
+        "d/e/": ["e", "d", "d/e/"], "/x": ["x", "/", "/x"], "/": ["/", "/", "/"], "a\\b.c": ["a\\b.c", ".", "a\\b"],
+        "C:\\music\\a.wav": ["a.wav", "C:\\music", "C:\\music\\a"], "d/e.f\\g": ["g", "d/e.f", "d/e.f\\g"],
+    })  # fmt: skip
+
+
+@posix
+def test_template_line_gives_the_shell_the_value_and_nothing_to_run(home: Home) -> None:
+    """What a program gets is the value, in each kind of quotes and as a part of a word, whatever the value holds."""
+    for line, before, after in (
+        ("{}", "", ""), ('"{}"', "", ""), ("'{}'", "", ""), ('"d/{}.mp3"', "d/", ".mp3"), ("a-{}-b", "a-", "-b"),
+        ("\"${x}\"{}'x y'", "", "x y"), ("{} >&1 # {{x}}", "", ""), ("\\\\{}", "\\", ""), ("a#{}", "a#", ""),
+    ):  # fmt: skip
+        for value in EVIL:
+            text = f"printf '<%s>' {filled(line, value, line=True)}"
+            ran = subprocess.run(["/bin/sh", "-c", text], cwd=home.work, capture_output=True)
+            same((line, value, ran.stdout.decode()), (line, value, f"<{before}{value}{after}>"))
+    same(os.listdir(home.work), [])
+
+
+def test_template_line_refuses_a_place_where_nothing_can_be_quoted() -> None:
+    """Inside other quotes, substitutions, comments, here-documents, and behind eval or sh -c a place is refused."""
+    for line in REFUSED_LINES:
+        with refuses(q.BadInput):
+            raise AssertionError(f"{line!r} became {filled(line, 'x', line=True)!r}")
+
+
+def test_template_line_takes_the_places_that_are_certain() -> None:
+    """Variables, substitutions outside of quotes, pipes, loops and words beside quotes are no obstacle."""
+    for line, wanted in (
+        ("x=$(basename {} .wav) && echo \"$x\"", "x=$(basename 'a b' .wav) && echo \"$x\""),
+        ("for f in {} \"$HOME\"/*; do wc -l <$f; done", "for f in 'a b' \"$HOME\"/*; do wc -l <$f; done"),
+        ("a | tr a-z '[:upper:]' >{.}.txt 2>&1", "a | tr a-z '[:upper:]' >'a b'.txt 2>&1"),
+        ("ls [[:digit:]]* {} # it's \"fine\"", "ls [[:digit:]]* 'a b' # it's \"fine\""),
+        ('convert "it\'s ${x:-so}" {} \\\n  -o "{.}.png"', 'convert "it\'s ${x:-so}" \'a b\' \\\n  -o "a b.png"'),
+        ("sh -c 'cat \"$1\"' sh {}", "sh -c 'cat \"$1\"' sh 'a b'"), ("echo {#}>out", "echo '7'>out"),
+        ("read -r x <{}; echo $?", "read -r x <'a b'; echo $?"), ("ssh {} uptime", "ssh 'a b' uptime"),
+    ):  # fmt: skip
+        same(filled(line, "a b", line=True), wanted)
+
+
+def test_template_line_for_cmd_quotes_or_refuses() -> None:
+    """cmd.exe gets quotes where they help; a value that it would change even in quotes is refused, and named."""
+
+    def line(text: str, value: str) -> str:
+        return filled(text, value, shell="cmd", line=True)
+
+    same(line("copy {} {.}.bak", "a b.txt"), 'copy "a b.txt" "a b".bak')
+    same(line('copy "{}" "to/{/}"', "d\\a.txt"), 'copy "d\\a.txt" "to/a.txt"')
+    same(line("type {} {#}", "plain.txt"), "type plain.txt 7")
+    same(
+        [line("dir {}", "C:\\a b\\"), line("dir {}", "d\\"), line("x {}", "")],
+        ['dir "C:\\a b\\\\"', 'dir "d\\\\"', 'x ""'],
+    )
+    for char in '%!^"&|<>\n\r\x1a':
+        with refuses(q.BadInput, "cmd.exe", "several words"):
+            line("type {}", f"a{char}b")
+        with refuses(q.BadInput, "cmd.exe"):
+            line('type "{}"', f"a{char}b")
+    for text in ("%{}%", "^{}", '{}"x"', "{}{.}", 'cmd "a b {}"', '"\\" {}', "powershell -c cat {}", "bash -c {}"):
+        with refuses(q.BadInput):
+            raise AssertionError(f"{text!r} became {line(text, 'x')!r}")
+
+
+@windows
+def test_template_line_for_cmd_gives_the_program_the_value(home: Home) -> None:
+    """A program that a real cmd.exe starts gets the value as it is."""
+    show = home.script("show.py", "import sys; print(ascii(sys.argv[1:]))")
+    for value in ("a b", "C:\\d e\\", "x\\y.z", "(a),b;c=d", "it's $(x) `y`", "-n", "#*?~{}[]"):
+        for line, wanted in (("{}", [value]), ("-o {} z", ["-o", value, "z"])):
+            text = f'"{sys.executable}" {show} ' + filled(line, value, shell="cmd", line=True)
+            ran = subprocess.run(f'cmd.exe /d /s /c "{text}"', cwd=home.work, capture_output=True, text=True)
+            same((line, ran.stdout.strip()), (line, ascii(wanted)))
+
+
+def specs(
+    items: Iterable[q.Item], command: str | list[str] | None, *, shell: q.Shell = "sh", **fields: Any
+) -> list[q.Spec]:
+    """The specs of items, of which the columns are A and B."""
+    return [spec for _, spec in q.specs_of_items(items, ("A", "B"), command, fields, shell, 1000)]
+
+
+def test_specs_of_items_fill_the_command_and_the_fields() -> None:
+    """Places are replaced in every word and in the fields of the contract; the item is the last word if it is none."""
+    one = q.Item("d/a b.wav", 3, ("x", "y"))
+    made = specs([one], ["play", "{}", "{A}"], id="j-{#}", tag="t{B}", queue="q{#}", key="{}", cwd="{//}", priority=2,
+                 env={"N": "{/.}", "QUEUECTL_INDEX": "{#}0"}, delay=1)  # fmt: skip
+    same(made, [{
+        "id": "j-3", "tag": "ty", "queue": "q3", "key": "d/a b.wav", "cwd": "d", "priority": 2, "run_at": 2000,
+        "command": ["play", "d/a b.wav", "x"],
+        "env": {"N": "a b", "QUEUECTL_INDEX": "30", "QUEUECTL_ITEM": "d/a b.wav"},
+    }])  # fmt: skip
+    same([spec["command"] for spec in specs([one], ["play", "{x}"])], [["play", "{x}", "d/a b.wav"]])
+    same([spec["command"] for spec in specs([one], "play -q")], ["play -q 'd/a b.wav'"])
+    same([spec["command"] for spec in specs([one], None)], ["d/a b.wav"])
+    for line in ("play;", "play &", "a |", "# play", " ", "sh -c"):
+        with refuses(q.BadInput):
+            raise AssertionError(specs([one], line))
+
+
+def test_specs_of_items_refuse_what_would_be_run() -> None:
+    """In several words too, no value becomes the line of a shell, nor an argument that a batch file would run."""
+    for words in (["sh", "-c", "cat {}"], ["env", "bash", "-ec", "x {}"], ["pwsh", "-Command", "cat", "{}"]):
+        with refuses(q.BadInput, "run as a command line"):
+            specs([], words)
+    same(specs([q.Item("x", 1)], ["sh", "-c", 'cat "$1"', "sh", "{}"])[0]["command"][-1], "x")
+    with refuses(q.BadInput, "item 2: ", "a&b"):
+        specs([q.Item("a", 1), q.Item("a&b", 2)], ["convert.BAT", "x&y"], shell="cmd")
+
+
+def test_specs_of_items_name_the_item_that_is_wrong() -> None:
+    """What is wrong with a value is said with the number of its item; what is wrong with all before any is read."""
+    with refuses(q.BadInput, "item 2: field 'id'"):
+        specs([q.Item("a", 1), q.Item("a b", 2)], ["x"], id="{}")
+    with refuses(q.BadInput, "item 1: ", "must not contain a NUL"):
+        specs([q.Item("a\0", 1)], "x")
+    with refuses(q.BadInput, "field 'priority'"):
+        q.specs_of_items(iter([]), (), "x", {"priority": "high"}, "sh", 0)
+
+
+def test_read_items_by_line_and_by_nul() -> None:
+    """Ends of lines are taken off, also those of Windows, and blank lines passed over; behind NUL everything counts."""
+
+    def values(given: bytes, **options: bool) -> list[tuple[int, str]]:
+        return [(item.number, item.value) for item in q.read_items(io.BytesIO(given), **options)]
+
+    same(values(b"\xef\xbb\xbfone\r\n\n  \n two \nthree"), [(1, "one"), (2, " two "), (3, "three")])
+    same(values(b"a\nb\0\0 \0c\r\n", null=True), [(1, "a\nb"), (2, " "), (3, "c\r\n")])
+    same(values(b""), [])
+    many = [f"{n}-{'x' * (n % 97)}" for n in range(5000)]
+    same([value for _, value in values("\n".join(many).encode())], many)
+    with refuses(q.BadInput, "line 3: is not valid UTF-8"):
+        values(b"a\n\n\xff\n")
+    with refuses(q.BadInput, "item 2: is not valid UTF-8"):
+        values(b"a\0\xff\0", null=True)
+    with refuses(q.BadInput, "more than 1 MiB"):
+        values(b"x" * (3 << 20))
+
+
+def test_read_rows_of_a_csv_file() -> None:
+    """The head line names the columns; quotes, commas and ends of lines inside cells are taken, odd rows refused."""
+
+    def rows(given: str) -> tuple[list[str], list[q.Item]]:
+        columns, items = q.read_rows(io.BytesIO(given.encode()))
+        return columns, list(items)
+
+    same(rows('\ufeffname, size\r\n"a, ""b""",1\r\n\r\n"two\nlines",2\n'), (
+        ["name", "size"], [q.Item('a, "b",1', 1, ["a, \"b\"", "1"]), q.Item("two\nlines,2", 2, ["two\nlines", "2"])]
+    ))  # fmt: skip
+    for given, said in (
+        ("", "is empty"), ("a,b\n1,2\n3\n", "line 3: has 1 cell"), ("a,b\n1,2,3\n", "line 2: has 3 cells"),
+        ("a,a\n", "'a' twice"), ('a\n"x\n', "is not CSV"), ('a\n"x"y\n', "line 2: is not CSV"),
+    ):  # fmt: skip
+        with refuses(q.BadInput, said):
+            raise AssertionError(rows(given))
+
+
+def test_number_items_of_an_array() -> None:
+    """Ranges, steps and lists of numbers; what is none, descends or is too many is refused at once."""
+
+    def values(text: str) -> list[str]:
+        return [item.value for item in q.number_items(text)]
+
+    same(values("1,3,7-9"), ["1", "3", "7", "8", "9"])
+    same(values("1-10:4, 0"), ["1", "5", "9", "0"])
+    same([item.number for item in q.number_items("5-7")], [1, 2, 3])
+    for text in ("", "x", "1-", "-3", "1,,2", "3-1", "1-9:0", "1-3:x", "1-100%4", "1.5", "0-10000000", "٣"):
+        with refuses(q.BadInput, "--array"):
+            values(text)
+
+
 # ---- settings
 
 
@@ -4761,6 +4971,107 @@ def test_export_of_ended_jobs_that_share_a_key_is_read_back_whole(home: Home) ->
     same((out.split(), [home.job(id).key for id in "abc"]), (["a", "b", "c"], [None, None, "k"]))
 
 
+def test_enqueue_each_makes_a_job_of_each_line(home: Home) -> None:
+    """One line makes a job for each item, in one transaction, with a tag of their own; each sees its item."""
+    same(home.add("exit 0", tag="t0000004"), "j0000001")
+    (home.work / "names").write_bytes("a b\r\n\nü\n".encode())
+    same(home.out("enqueue", "--each", "names", "--", "echo", "{#}:{}"), "j0000002\nj0000003\n")
+    same([(home.job(id).command, home.job(id).tag, home.job(id).env) for id in ("j0000002", "j0000003")], [
+        (["echo", "1:a b"], "t0000002", {"QUEUECTL_ITEM": "a b", "QUEUECTL_INDEX": "1"}),
+        (["echo", "2:ü"], "t0000002", {"QUEUECTL_ITEM": "ü", "QUEUECTL_INDEX": "2"}),
+    ])  # fmt: skip
+    same(home.json("enqueue", "-0", "--each", "-", "--", "echo", "{}", stdin="x\ny\0"), [
+        {"id": "j0000004", "created": True, "tag": "t0000004x"}  # somebody has chosen t0000004
+    ])  # fmt: skip
+    home.out("enqueue", "--array", "1-2", "--tag", "mine", "--key", "{}", "--", "echo")
+    same([home.job(id).tag for id in ("j0000005", "j0000006")], ["mine", "mine"])
+    same(home.json("enqueue", "--array", "2-3", "--key", "{}", "--", "echo"), [
+        {"id": "j0000006", "created": False, "tag": None}, {"id": "j0000008", "created": True, "tag": "t0000007"}
+    ])  # fmt: skip
+
+
+def test_enqueue_makes_jobs_of_rows_numbers_and_lines(home: Home) -> None:
+    """--csv names columns, --array numbers, and of --lines each line is a command; all take the options of fields."""
+    (home.work / "people.csv").write_text('name,mail\n"A, B",a@x\nC,c@x\n')
+    home.out("enqueue", "--csv", "people.csv", "--id", "m-{name}", "--", "mail", "{mail}", code=2)
+    home.out("enqueue", "--csv", "people.csv", "--id", "m-{#}", "--", "mail", "{mail}", "{name}", "{other}")
+    same([home.job(id).command for id in ("m-1", "m-2")],
+         [["mail", "a@x", "A, B", "{other}"], ["mail", "c@x", "C", "{other}"]])  # fmt: skip
+    home.out("enqueue", "--array", "8-9", "--id", "n{}", "--priority", "3", "--", "echo {}.txt")
+    same([(home.job(id).command, home.job(id).priority) for id in ("n8", "n9")], [("echo 8.txt", 3), ("echo 9.txt", 3)])
+    home.out("enqueue", "--lines", "-", "--id", "l{#}", stdin="echo {} # one\r\n\n  exit 3\n")
+    same([home.job(id).command for id in ("l1", "l2")], ["echo {} # one", "  exit 3"])
+    same(home.job("l2").tag, "t0000005")
+
+
+def test_enqueue_of_many_is_all_or_none(home: Home) -> None:
+    """A bad item is named by its number and nothing is stored; forms exclude each other."""
+    same(home.store.queries.newest_ids(), [])
+    assert "item 2: " in home.fails("enqueue", "--each", "-", "--id", "{}", "--", "x", stdin="a\nb c\n", code=2)
+    assert "item 2: job a exists" in home.fails("enqueue", "--each", "-", "--id", "{}", "--", "x", stdin="a\na\n")
+    for args in (
+        ["--array", "1-2", "-"], ["--array", "1", "--each", "-", "--", "x"], ["--lines", "-", "--", "x"],
+        ["--array", "1", '{"command": "x"}'], ["--file", os.devnull, "--array", "1", "--", "x"], ["--array", "1"],
+        ["--array", "1", "--"], ["-0", "--array", "1", "--", "x"], ["--array", "3-1", "--", "x"], ["--array", "1", "x"],
+        ["--dry-run", "--wait", "--", "x"], ["--each", "missing", "--", "x"], ["--csv", os.devnull, "--", "x"],
+    ):  # fmt: skip
+        home.fails("enqueue", *args, code=2)
+    same(home.out("enqueue", "--each", os.devnull, "--", "x"), "")
+
+
+def test_enqueue_of_many_shows_each_job_its_item(home: Home) -> None:
+    """A job finds its item and number in its environment, unless its own says otherwise; --wait waits for all."""
+    show = "import os; print(*(os.environ[f'QUEUECTL_{k}'] for k in ('ITEM', 'INDEX')))"
+    args = ["--id", "j{#}", "--env", "QUEUECTL_INDEX={#}0", "--", sys.executable, home.script("show.py", show)]
+    home.start()
+    home.out("enqueue", "--wait", "--each", "-", *args, stdin="one\ntwo words\n")
+    same([home.log(id).split() for id in ("j1", "j2")], [[b"one", b"10"], [b"two", b"words", b"20"]])
+
+
+@posix
+def test_enqueue_each_says_on_a_terminal_how_to_follow(home: Home) -> None:
+    """A person is told how many jobs there are, and by which tag to follow them."""
+    said = seen_on_a_terminal(home, "enqueue", "--array", "1-500", "--", "exit 0", stream="stderr")
+    assert b"500 jobs, tag t0000001; follow them: queuectl wait --tag t0000001" in said, said
+    said = seen_on_a_terminal(home, "enqueue", "--array", "1-5", "--tag", "x", "--", "exit 0", stream="stderr")
+    assert b"follow" not in said, said
+
+
+def test_enqueue_dry_run_prints_what_enqueue_reads_back(home: Home) -> None:
+    """--dry-run prints each form as JSON Lines, needs no home and makes none; read back, they are the same jobs."""
+    batch = '{"command": ["a", "ü"], "delay": 5, "env": {"A": "b"}}\n{"command": "x", "tag": "y"}\n'
+    for args, stdin in (
+        (["--each", "-", "--key", "{}", "--", "a", "b"], "x\ny\n"), (["--priority", "4", "-"], batch),
+        (['{"command": "x", "hold": true}'], ""), (["--cwd", "d", "--", "a b"], ""),
+    ):  # fmt: skip
+        given = home.out("enqueue", "--dry-run", *args, stdin=stdin)
+        same(home.out("enqueue", "--dry-run", "-", stdin=given), given)
+    same(home.json("enqueue", "--dry-run", "-", stdin=given), [json.loads(given)])
+    assert not home.path.exists()
+    home.out("enqueue", "-", stdin=home.out("enqueue", "--dry-run", "--array", "2", "--id", "j{}", "--", "echo {}"))
+    same((home.job("j2").command, home.job("j2").cwd), ("echo 2", str(home.work)))
+
+
+PEAK = """
+import contextlib, resource, sys, queuectl
+with contextlib.suppress(SystemExit):
+    queuectl.cli(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1), file=sys.stderr)
+"""
+
+
+@posix
+def test_enqueue_of_100000_items_takes_little_memory(home: Home) -> None:
+    """The memory of an enqueue does not grow with the number of items."""
+    peaks = []
+    for count in (1000, 100_000):
+        args = ["enqueue", "--array", f"1-{count}", "--", "gzip -k {}.log"]
+        ran = subprocess.run([sys.executable, "-c", PEAK, *args], cwd=HERE, env=home.env, capture_output=True)
+        same(ran.stdout.count(b"\n"), count)
+        peaks.append(int(ran.stderr))
+    assert peaks[1] - peaks[0] < 16_000, peaks
+
+
 # ---- what holds whatever happens: what it takes to break things
 
 # How a process begins that dies, or sees another clock, at a point that a test names.
@@ -7069,6 +7380,8 @@ def signatures(body: Iterable[ast.stmt], indent: str = "") -> Iterator[str]:
             yield from signatures(node.body, indent + "    ")
         elif isinstance(node, ast.Assign) and not indent:
             yield from (name for name in map(ast.unparse, node.targets) if name.isidentifier() and name[0] != "_")
+        elif isinstance(node, ast.AnnAssign) and node.value and not indent:
+            yield ast.unparse(node.target)
 
 
 # ---- with development dependencies
@@ -7107,6 +7420,39 @@ def test_parse_job_no_text_whatever_is_more_than_bad_input() -> None:
                 read(text)
 
     check()
+
+
+@dev
+@posix
+def test_template_line_no_item_whatever_runs_or_changes(home: Home) -> None:
+    """For any value and any line that is taken, a real shell gives a program just the value, and runs nothing of it."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    odd = st.sampled_from("'\"\\$`\n#;& ")
+    values = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | odd)
+    beside = st.text('ab/.-$`\\#();|&<>\n!*?[]=~ "', max_size=8)  # in single quotes all of it is as it stands
+    pieces = ("{}", "'", "$(", "`", "${x:-", "<<E\n", "eval ", "[[ ", "((", "case a in a)", ";;esac", "sh -c ", "\\\n")
+    lines = st.lists(beside | st.sampled_from(pieces), max_size=6).map("".join)
+
+    @settings(max_examples=1000 if LONG else 300, deadline=None)
+    @given(values, beside, beside)
+    def check_value(value: str, before: str, after: str) -> None:
+        line = filled(f"printf '<%s>' '{before}'{{}}'{after}'", value, line=True)
+        ran = subprocess.run(["/bin/sh", "-c", line], cwd=home.work, capture_output=True)
+        same(ran.stdout.decode(), f"<{before}{value}{after}>")
+
+    @settings(max_examples=1000 if LONG else 300, deadline=None)
+    @given(lines, lines, st.sampled_from(EVIL))
+    def check_line(before: str, after: str, value: str) -> None:
+        with contextlib.suppress(q.BadInput, subprocess.TimeoutExpired):
+            line = filled(before + "{}" + after, value, line=True)
+            subprocess.run(["/bin/sh", "-c", line], cwd=home.work, env={"PATH": os.defpath}, stdin=subprocess.DEVNULL,
+                           capture_output=True, timeout=10)  # fmt: skip
+        assert not (home.work / "PWNED").exists(), (before, after, value)
+
+    check_value()
+    check_line()
 
 
 @dev

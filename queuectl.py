@@ -84,6 +84,8 @@ RESTORE_TRIES = 5  # of a restore while others enqueue
 WAIT_POLL_S = 0.02  # poll interval of a command that waits
 LIMITED_POLL_S = 0.02  # poll interval of an attempt whose output is limited
 LOG_BLOCK = 1 << 20  # bytes of a log that are read at a time, and the longest line that is folded
+LEAST_CUT_BYTES = 4096  # that are left out at a time while the command writes: more than the line that says so
+CUT_TRIES = 20  # of moving what is appended while a log is shortened
 SEAL_BYTES = 64  # of a log, by which it is known whether its command has emptied it
 WATCHED_SLOTS = 16  # workers that watch their spool: a user has 128 watchers in all
 FOLLOW_POLL_S = 0.1  # poll interval of `logs --follow`
@@ -5903,14 +5905,14 @@ class Cut(NamedTuple):
 def shorten(path: str, start: int, limit: int, before: Cut, is_over: bool = True) -> Cut:
     """Keep the first and the last half of what a log holds from a place on, and say between them what is left out.
 
-    While the command writes there may be half as much again, so that few bytes are moved often. What it writes in
-    the moment of the change may be lost too.
+    While the command writes there may be half as much again, so that few bytes are moved often. What it writes
+    meanwhile is kept too; only what comes between the last look and the truncation is lost.
     """
     head, tail = limit // 2, limit - limit // 2
     with open_regular(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         beyond = size - start - before.note - limit
-        if beyond <= (0 if is_over else tail):
+        if beyond <= (0 if is_over else max(tail, LEAST_CUT_BYTES)):
             return before
         left_out = before.left_out + beyond
         about = "" if is_over and not before.note else "about "
@@ -5919,8 +5921,20 @@ def shorten(path: str, start: int, limit: int, before: Cut, is_over: bool = True
         move(file, size - tail, to, tail)
         file.seek(start + head)
         file.write(note)
-        file.truncate(to + tail)
+        file.truncate(to + tail + (0 if is_over else _move_rest(file, size, to + tail)))
     return Cut(left_out, len(note))
+
+
+def _move_rest(file: BinaryIO, source: int, to: int) -> int:
+    """Move what has been appended behind a place, until nothing more comes or too much does; how many bytes."""
+    moved = 0
+    for _ in range(CUT_TRIES):
+        grown = file.seek(0, os.SEEK_END) - source - moved
+        if not grown:
+            break
+        move(file, source + moved, to + moved, grown)
+        moved += grown
+    return moved
 
 
 def move(file: BinaryIO, source: int, to: int, size: int) -> None:

@@ -1819,7 +1819,7 @@ def test_row_that_is_damaged_costs_its_own_job_alone(home: Home) -> None:
     same([(job["id"], BAD_ROWS) for job in sound], [])
     [row] = home.start()
     home.ended("good")
-    until(lambda: not home.store.queries.how_many(states=["pending", "processing"]))
+    until(lambda: not home.store.queries.how_many(q.Selection(states=(q.State.PENDING, q.State.PROCESSING))))
     same([each.id for each in home.start()], [row.id, row.id + 1])
     dead = {job["id"]: job for job in home.json("dlq", "list")}
     same((len(dead), dead.pop("child")["error"]), (len(BAD_ROWS) + 1, "waited for bad0, which is dead"))

@@ -4896,7 +4896,7 @@ q.main()
     same(ran.err, "".join(f"job {id} is not cancelled but removed: it had come to its end\n" for id in "ab"))
     worker = home.worker_row()
     same(home.claim(worker).state, q.State.PROCESSING)
-    [id] = [job.id for job in home.store.queries.jobs(states=["processing"])]
+    [id] = [job.id for job in home.store.queries.jobs(q.Selection(states=[q.State.PROCESSING]))]
     patch = patch.replace("        list(store", "        0 and list(store")
     ran = finished(child(home, patch, "cancel", id))
     same((ran.code, ran.err), (0, f"job {id} is not cancelled but completed: it had come to its end\n"))
@@ -7837,7 +7837,7 @@ def store_machine() -> Any:
         def register(self, queues: list[str] | None) -> None:
             free = min(set(range(1, len(self.slots) + 2)) - set(self.slots.values()))
             row, _ = self.store.workers.register(
-                1, "h", queues, False, self.now, lambda _: None, self.slots.__contains__
+                1, "h", queues, False, self.now, lambda _: None, lambda row: row.id in self.slots
             )
             same((row.slot, row.queues), (free, queues))
             self.workers[row.id], self.slots[row.id] = queues, free

@@ -1547,6 +1547,8 @@ def leftovers_reason(leftovers: str) -> Reason:
         remedy = "start a worker there, or once that namespace (a container) is gone: queuectl doctor --repair"
         return Reason(f"nobody has ended {leftovers}", remedy)
     pids = " ".join(re.findall(r"(?:^|, )(\d+)", leftovers))
+    if not pids:
+        return Reason(f"{printable(leftovers)} are still there and cannot be ended")
     return Reason(f"process {printable(leftovers)} is still there and cannot be ended", f"sudo kill -9 {pids}")
 
 
@@ -4905,19 +4907,20 @@ else:
     def _processes(since: int = 0) -> Iterator[_Found]:
         """Every process that started since a moment, and then those that were made meanwhile, until there are none.
 
-        TimeoutError where they are still being made after a while.
+        TimeoutError where they are still being made after a while. Only our own work counts: on a busy machine others
+        run, and make processes, between any two of our steps.
         """
         if not _HAS_PROC:
             yield from _ps(since)
             return
         newest = _newest_pid()
         pids: Sequence[int] = _pids()
-        deadline = time.monotonic() + 0.05
+        deadline = time.thread_time() + 0.05
         while pids:
             yield from filter(None, (_find(pid, since) for pid in pids))
             before, newest = newest, _newest_pid()
             pids = range(before + 1, newest + 1) if newest >= before else _pids()  # the numbers begin anew at times
-            if pids and time.monotonic() > deadline:
+            if pids and time.thread_time() > deadline:
                 raise TimeoutError
 
     def _pids() -> list[int]:
@@ -5008,7 +5011,7 @@ else:
                 number = signal.SIGKILL if found.keys() <= known else signal.SIGSTOP
                 known |= found.keys()
                 time.sleep(0.005 if number == signal.SIGKILL else 0)
-            return [f"{pid} ({name})" for (pid, _), name in found.items()]
+            return [f"{pid} ({name})" if pid else name for (pid, _), name in found.items()]
 
         def _signal(self, *numbers: int) -> dict[_Identity, str]:
             """Send signals to each of them; their names.

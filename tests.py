@@ -3582,6 +3582,12 @@ q.main()
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 
+def test_leftovers_reason_advises_to_kill_only_what_has_an_id() -> None:
+    """Processes that cannot be ended are named with the command that ends them; those without an id have none."""
+    same(q.leftovers_reason("12 (sleep), 13 (sh)").remedy, "sudo kill -9 12 13")
+    same(q.leftovers_reason("processes without a name").remedy, None)
+
+
 def test_why_waiting_names_every_reason() -> None:
     """What keeps a job from running is named, the nearest obstacle first, with the command that helps."""
     here = q.WaitReasons([], False, None, 0, [a_worker()])
@@ -5229,6 +5235,7 @@ def as_nobody(home: Home) -> list[str]:
     """The words before a command that make it an ordinary user's; the files of the test become that user's."""
     words = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs"]
     needs(*words, "true")
+    same(home.home.path, str(home.path))  # opened while it is ours
     home.root.chmod(0o755)
     for path in (home.root, *home.root.rglob("*")):
         os.chown(path, 65534, 65534, follow_symlinks=False)
@@ -5626,6 +5633,20 @@ def test_worker_row_with_the_id_of_a_stranger_harms_nobody(home: Home) -> None:
         home.run("worker", "stop", "--now")
         same(innocent.poll(), None)
         innocent.kill()
+
+
+@posix
+def test_platform_looks_at_all_processes_on_a_busy_machine(home: Home) -> None:
+    """That others make processes, and run for long between two steps of a look, does not keep it from an end."""
+    if sys.platform != "linux":
+        raise Skip("only Linux has /proc")
+    busy = """
+import itertools
+newest, seconds = q._newest_pid(), itertools.count()
+made = iter([newest, newest + 1, newest + 2, newest + 3, newest + 3])
+q._newest_pid, time.monotonic = lambda: next(made), lambda: next(seconds)
+print(os.getpid() in [process.pid for process in q._processes()])"""
+    same(finished(child(home, busy)).out, "True\n")
 
 
 @posix

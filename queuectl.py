@@ -13,10 +13,10 @@ What makes it right:
 
 1. `jobs` is the truth. A state changes only inside a transaction of the store, and every
    change that ends an attempt names its worker and its attempt: a late one changes nothing.
-2. A worker lives exactly as long as its bell has a listener, which the system ends with the
-   process. Neither a process id nor elapsed time is ever taken for life or death.
+2. A worker lives exactly as long as its process holds a lock, which the system drops with it.
+   Neither a process id alone nor elapsed time is ever taken for life or death.
 3. A dead worker's job is tried again only after what it left running has been ended, found by
-   the run tag that each attempt carries in its environment, or by the log that it holds open.
+   the number that every process of an attempt inherits. What cannot be ended keeps it waiting.
 4. A worker that cannot record a result keeps it and tries again; it never runs the command
    a second time for it.
 
@@ -70,9 +70,9 @@ __version__ = "1.0.0"
 
 WAIT_REPORT_S = 1.0  # how often a command that waits for workers tells what it waits for
 END_POLL_S = 1.0  # how often a worker tries to end what it could not end
-POLL_S = 0.25  # fallback poll interval of a worker, for what no bell told it
-DUTY_S = 1.0  # how often a worker looks for workers that died
-MOST_IDLE_POLL_S = 10.0  # of an idle worker among many; they poll in turn, so that some worker does each second
+POLL_S = 0.25  # poll interval of a worker while its job runs
+DUTY_S = 1.0  # how often a worker does its duties; an idle one of n polls every n times that,
+MOST_IDLE_POLL_S = 10.0  # and at least this often
 MOST_RECOVERY_PAUSE_S = 10.0  # between two tries to end what a dead worker left
 HOOK_TIMEOUT_S = 30.0  # how long a hook may run
 BUSY_TIMEOUT_S = 30.0  # how long a command waits for a database that another program holds
@@ -3583,7 +3583,9 @@ class Workers:
     def ring_below(self, worker: int) -> list[tuple[int, str | None]]:
         """The other workers and their processes, from the next lower id downwards and round."""
         return self._db.all(
-            "SELECT id, process FROM workers WHERE id <> :worker ORDER BY id > :worker, id DESC", worker=worker
+            """SELECT id, CASE typeof(process) WHEN 'text' THEN process END FROM workers
+                WHERE id <> :worker ORDER BY id > :worker, id DESC""",
+            worker=worker,
         )
 
     def forget_process(self, worker: int) -> None:
@@ -4123,8 +4125,8 @@ if sys.platform == "win32":
             if self._neighbour is not None:
                 _kernel32.CloseHandle(wintypes.HANDLE(self._neighbour))
                 self._neighbour = None
-            if process:
-                pid, _, start = process.partition(":")
+            pid, _, start = (process or "").partition(":")
+            if pid.isdigit():
                 synchronize, query = 0x100000, 0x1000
                 handle = _kernel32.OpenProcess(synchronize | query, False, int(pid))
                 if handle and str(_start_of(handle)) == start:
@@ -4599,6 +4601,7 @@ else:
         def __init__(self, home: Home, worker: int) -> None:
             self.has_news = False  # somebody has rung, or the neighbour has ended, since this was set to False
             self._path = home.bell(worker)
+            self._watched: str | None = None  # the process of the neighbour, and its descriptor
             self._neighbour = -1
             self._poll = select.poll()
             self._hang()
@@ -4624,13 +4627,16 @@ else:
 
         def watch(self, process: str | None) -> bool:
             """Let the end of another worker's process be news; False where the system does not tell of it."""
+            if process == self._watched and self._neighbour >= 0:
+                return True
             if self._neighbour >= 0:
                 self._poll.unregister(self._neighbour)
                 os.close(self._neighbour)
                 self._neighbour = -1
+            self._watched = process
             if process and process.rsplit(":", 2)[0] == _own_namespace() and hasattr(os, "pidfd_open"):  # Linux
                 with contextlib.suppress(OSError):
-                    self._neighbour = os.pidfd_open(int(process.split(":")[2]))
+                    self._neighbour = os.pidfd_open(int(_parts(process)[2] or 0))
                     self._poll.register(self._neighbour, select.POLLIN)
             return self._neighbour >= 0
 
@@ -4702,11 +4708,16 @@ else:
             return None
         return next((found.start for found in _processes() if found.pid == pid), None)
 
+    def _parts(process: str) -> list[str]:
+        """What `own_process` gave; in a row that was damaged it is a process of another start of the machine."""
+        parts = process.split(":")
+        return parts if len(parts) == 4 and parts[2].isdigit() else ["?", "", "", ""]
+
     def can_see(process: str | None) -> bool:
         """Would a process show here that somebody started beside that one? If not, not to see any proves nothing."""
         if process is None or process.rsplit(":", 2)[0] == _own_namespace():
             return True
-        boot, namespace, pid, _ = process.split(":")
+        boot, namespace, pid, _ = _parts(process)
         own_boot, own_namespace = _own_namespace().split(":")
         if boot != own_boot or pid == "1":
             return True  # with the machine, and with the first process of a namespace, all in it has ended
@@ -4722,7 +4733,7 @@ else:
 
     def _lives(process: str) -> bool | None:
         """Does exactly that process live? None where nobody can say from here."""
-        boot, namespace, pid, start = process.split(":")
+        boot, namespace, pid, start = _parts(process)
         own_boot, own_namespace = _own_namespace().split(":")
         if boot != own_boot:
             return False
@@ -6217,6 +6228,8 @@ class Worker:
         self._seen = -1  # `commits_seen` when the last claim began
         self._next_poll_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
         self._idle_poll_s = DUTY_S  # how long it sleeps at most while nobody wakes it
+        self._ring: list[tuple[int, str | None]] = []  # the other workers, from the next one below
+        self._ring_seen = -1  # `commits_seen` when they were read
         self._recoveries: dict[int, Recovery] = {}  # of dead workers, by their ids
         self._left = ""  # processes of the job in hand that cannot be ended
         self._memory_kills = 0
@@ -6486,7 +6499,10 @@ class Worker:
         Workers stand in a ring by their ids, so each is watched by another, and that costs the same however many
         they are. Two more are looked at: whoever should do so may be stopped.
         """
-        others = self._store.workers.ring_below(self._row.id)
+        version = self._store.db.commits_seen()
+        if version != self._ring_seen:
+            self._ring, self._ring_seen = self._store.workers.ring_below(self._row.id), version
+        others = self._ring
         self._recoveries = {worker: self._recoveries[worker] for worker, _ in others if worker in self._recoveries}
         living, is_watching = 0, False
         for worker, process in others:
@@ -6499,7 +6515,11 @@ class Worker:
                 self._recover(worker, process)
         if not is_watching:
             self._bell.watch(None)
-        self._idle_poll_s = DUTY_S if self._recoveries else min(MOST_IDLE_POLL_S, DUTY_S * (1 + len(others)))
+        self._idle_poll_s = min(MOST_IDLE_POLL_S, DUTY_S * (1 + len(others)))
+        if self._recoveries:  # each has its own next try
+            next_s = min(recovery.next_s for recovery in self._recoveries.values())
+            self._ring_duty.due_s = min(self._ring_duty.due_s, next_s)
+            self._idle_poll_s = min(self._idle_poll_s, max(0.0, next_s - self._clock.monotonic_s()))
 
     def _recover(self, dead: int, process: str | None) -> None:
         recovery = self._recoveries.setdefault(dead, Recovery(self._home, self._store, dead))
@@ -6517,7 +6537,7 @@ class Worker:
         self._wake_next()  # this worker may have a job in hand
 
     def _claim_anew(self) -> None:
-        self._seen = -1  # what we commit ourselves is no news to our connection
+        self._seen = self._ring_seen = -1  # what we commit ourselves is no news to our connection
 
 
 class Recovery:
@@ -6530,7 +6550,7 @@ class Recovery:
     def __init__(self, home: Home, store: Store, dead: int) -> None:
         self._home, self._store, self._dead = home, store, dead
         self._leftovers: dict[int, Leftovers] = {}  # by the job's seq: what was seen once is not forgotten
-        self._next_s, self._pause_s = 0.0, 0.1  # until the next try: ever longer, since a try costs time
+        self.next_s, self._pause_s = 0.0, 0.1  # until the next try: ever longer, since a try costs time
         self.left = ""  # what cannot be ended
 
     def attempt(self, process: str | None, settings: Settings, clock: Clock) -> list[tuple[Job, State | None]] | None:
@@ -6538,7 +6558,7 @@ class Recovery:
 
         None where something of them is still there, or may be.
         """
-        if clock.monotonic_s() < self._next_s:
+        if clock.monotonic_s() < self.next_s:
             return None
         jobs = self._store.jobs.running_jobs(self._dead)
         left = ", ".join(left for job in jobs for left in (self._end(job) if can_see(process) else [OUT_OF_SIGHT]))
@@ -6546,7 +6566,7 @@ class Recovery:
             self._store.workers.set_leftovers(self._dead, left or None)
             self.left = left
         if left:
-            self._next_s = clock.monotonic_s() + self._pause_s
+            self.next_s = clock.monotonic_s() + self._pause_s
             self._pause_s = min(2 * self._pause_s, MOST_RECOVERY_PAUSE_S)
             return None
         with self._store.db.writing():

@@ -1591,7 +1591,8 @@ def test_schema_brings_an_empty_file_up(home: Home) -> None:
 
 def test_schema_every_step_from_0_leads_to_the_same(home: Home) -> None:
     """A database of each older version is brought up to just the schema that a new one has."""
-    for version in range(1, len(q.MIGRATIONS)):
+    older = range(1, len(q.MIGRATIONS))
+    for version in older:
         path = home.root / f"{version}.db"
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
             for _, statements in q.MIGRATIONS[:version]:
@@ -1599,10 +1600,242 @@ def test_schema_every_step_from_0_leads_to_the_same(home: Home) -> None:
                     db.execute(statement)
             db.execute(f"PRAGMA user_version = {version}")
         q.open_store(str(path)).close()
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            found = db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
-        same(found, home.store and home.sql("SELECT type, name, sql FROM sqlite_master ORDER BY name"))
+        same(schema_of(path), home.store and schema_of(home.home.database))
+    assert older, "there is a step"
     assert all(re.match(rf"{n}: \w", why) for n, (why, _) in enumerate(q.MIGRATIONS, 1)), "each has its line of why"
+
+
+# What 1.0.0 made: its schema, a job in each state, and rows in every table. It is never changed.
+DATABASE_OF_1_0_0 = """
+PRAGMA application_id = 1902343217;
+PRAGMA user_version = 1;
+BEGIN;
+CREATE TABLE attempts (
+    job INTEGER NOT NULL, n INTEGER NOT NULL, number INTEGER NOT NULL, worker INTEGER NOT NULL,
+    started_at INTEGER NOT NULL, ended_at INTEGER NOT NULL, exit_code INTEGER, signal INTEGER,
+    ended_by TEXT NOT NULL, error TEXT, max_rss INTEGER, cpu_s REAL, log_start INTEGER, log_end INTEGER,
+    PRIMARY KEY (job, n)) WITHOUT ROWID;
+INSERT INTO attempts VALUES (2,1,1,1,2000,2500,0,NULL,'exited',NULL,4096,0.5,0,3);
+INSERT INTO attempts VALUES (3,1,1,1,3000,3500,NULL,9,'exited','ended by SIGKILL',NULL,NULL,NULL,NULL);
+INSERT INTO attempts VALUES (5,1,1,1,4000,4500,1,NULL,'exited','exit code 1',NULL,NULL,NULL,NULL);
+CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO config VALUES ('max_retries','7');
+INSERT INTO config VALUES ('on_dead','"echo dead"');
+CREATE TABLE counts (
+    state TEXT NOT NULL, queue TEXT NOT NULL, n INTEGER NOT NULL,
+    PRIMARY KEY (state, queue)) WITHOUT ROWID;
+INSERT INTO counts VALUES ('cancelled','default',1);
+INSERT INTO counts VALUES ('completed','default',1);
+INSERT INTO counts VALUES ('dead','default',2);
+INSERT INTO counts VALUES ('failed','default',1);
+INSERT INTO counts VALUES ('pending','default',0);
+INSERT INTO counts VALUES ('pending','q',1);
+INSERT INTO counts VALUES ('processing','default',1);
+CREATE TABLE dependencies (
+    parent INTEGER NOT NULL, child INTEGER NOT NULL, PRIMARY KEY (parent, child)) WITHOUT ROWID;
+INSERT INTO dependencies VALUES (3,4);
+INSERT INTO dependencies VALUES (2,8);
+INSERT INTO dependencies VALUES (7,8);
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE COLLATE NOCASE,
+    command TEXT NOT NULL,
+    priority INTEGER NOT NULL DEFAULT 0,
+    max_retries INTEGER,
+    timeout REAL,
+    backoff_base REAL,
+    run_at INTEGER,
+    queue TEXT NOT NULL DEFAULT 'default',
+    tag TEXT,
+    key TEXT,
+    cwd TEXT NOT NULL,
+    env TEXT,
+    after TEXT,
+    hold INTEGER NOT NULL DEFAULT 0,
+    on_lost TEXT NOT NULL DEFAULT 'retry',
+    ok_codes TEXT,
+    no_retry_codes TEXT,
+    snooze INTEGER NOT NULL DEFAULT 0,
+    state TEXT NOT NULL DEFAULT 'pending' CHECK (
+        state IN ('pending', 'processing', 'completed', 'failed', 'dead', 'cancelled')),
+    attempts INTEGER NOT NULL DEFAULT 0,
+    blockers INTEGER NOT NULL DEFAULT 0,
+    due_at INTEGER,
+    doomed_by INTEGER,
+    cancelling INTEGER NOT NULL DEFAULT 0,
+    created_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL,
+    started_at INTEGER,
+    finished_at INTEGER,
+    exit_code INTEGER,
+    error TEXT,
+    worker INTEGER,
+    -- May it be claimed? Derived, so that it cannot be wrong.
+    ready INTEGER GENERATED ALWAYS AS (
+        state IN ('pending', 'failed') AND hold = 0 AND blockers = 0 AND due_at IS NULL) VIRTUAL
+);
+INSERT INTO jobs VALUES (2, 'completed', '"true"', 0, NULL, NULL, NULL, NULL, 'default', NULL, NULL, '/srv', NULL,
+    NULL, 0, 'retry', NULL, NULL, 0, 'completed', 1, 0, NULL, NULL, 0, 1000, 2500, 2000, 2500, 0, NULL, 1);
+INSERT INTO jobs VALUES (3, 'dead', '"true"', 0, 0, NULL, NULL, NULL, 'default', NULL, NULL, '/srv', NULL, NULL, 0,
+    'retry', NULL, NULL, 0, 'dead', 1, 0, NULL, NULL, 0, 1000, 3500, 3000, 3500, NULL, 'ended by SIGKILL', 1);
+INSERT INTO jobs VALUES (4, 'with-it', '"true"', 0, NULL, NULL, NULL, NULL, 'default', NULL, NULL, '/srv', NULL,
+    '["dead"]', 0, 'retry', NULL, NULL, 0, 'dead', 0, 1, NULL, 3, 0, 1000, 1000, NULL, 1000, NULL,
+    'waited for dead, which is dead', NULL);
+INSERT INTO jobs VALUES (5, 'failed', '"true"', 0, NULL, NULL, NULL, NULL, 'default', NULL, NULL, '/srv', NULL,
+    NULL, 0, 'retry', NULL, NULL, 0, 'failed', 1, 0, 6500, NULL, 0, 1000, 4500, 4000, NULL, 1, 'exit code 1', 1);
+INSERT INTO jobs VALUES (6, 'cancelled', '"true"', 0, NULL, NULL, NULL, NULL, 'default', NULL, NULL, '/srv', NULL,
+    NULL, 0, 'retry', NULL, NULL, 0, 'cancelled', 0, 0, NULL, NULL, 0, 1000, 5000, NULL, 5000, NULL, NULL, NULL);
+INSERT INTO jobs VALUES (7, 'processing', '"true"', 9, NULL, NULL, NULL, NULL, 'default', NULL, NULL, '/srv', NULL,
+    NULL, 0, 'retry', NULL, NULL, 0, 'processing', 1, 0, NULL, NULL, 0, 1000, 6000, 6000, NULL, NULL, NULL, 1);
+INSERT INTO jobs VALUES (8, 'all', '["echo","it''s","ü"]', -3, 1, 0.5, 3.0, 4000000000000, 'q', 't', 'k', '/srv',
+    '{"A":"b"}', '["completed","processing"]', 1, 'dead', '[3]', '[4]', 1, 'pending', 0, 1, 4000000000000, NULL, 0,
+    1000, 1000, NULL, NULL, NULL, NULL, NULL);
+CREATE TABLE past (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
+INSERT INTO past VALUES
+    ('run 0.01', 0.0), ('run 0.1', 0.0), ('run 1', 1.0), ('run 10', 1.0), ('run 3600', 1.0), ('run 60', 1.0),
+    ('run 600', 1.0), ('run 86400', 1.0), ('run count', 1.0), ('run cpu', 0.25), ('run sum', 0.5),
+    ('wait 0.01', 1.0), ('wait 0.1', 1.0), ('wait 1', 1.0), ('wait 10', 1.0), ('wait 3600', 1.0), ('wait 60', 1.0),
+    ('wait 600', 1.0), ('wait 86400', 1.0), ('wait count', 1.0), ('wait cpu', 0.25), ('wait sum', 0.0);
+CREATE TABLE queues (
+    name TEXT PRIMARY KEY,
+    paused INTEGER NOT NULL DEFAULT 0,  -- nothing new is started
+    max_running INTEGER  -- at most so many at once
+    ) WITHOUT ROWID;
+INSERT INTO queues VALUES ('q',1,2);
+CREATE TABLE workers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: it names the bell
+    pid INTEGER NOT NULL,  -- to be read by people; nothing is ever signalled by it
+    host TEXT NOT NULL,
+    slot INTEGER NOT NULL,  -- the lowest number that no other live worker holds
+    queues TEXT,  -- JSON array of those that it takes, null for all
+    drain INTEGER NOT NULL DEFAULT 0,  -- leaves when nothing is left that could run
+    stop TEXT CHECK (stop IN ('finish', 'now')),  -- it is to leave, after its job or at once
+    started_at INTEGER NOT NULL);
+INSERT INTO workers VALUES (1,4242,'here',1,'["default","q"]',1,NULL,1000);
+CREATE INDEX jobs_ready ON jobs (queue, priority DESC, seq) WHERE ready;
+CREATE INDEX jobs_due ON jobs (due_at) WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0;
+CREATE INDEX jobs_state ON jobs (state, seq);
+CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL;
+CREATE UNIQUE INDEX jobs_key ON jobs (key)
+    WHERE key IS NOT NULL AND state IN ('pending', 'processing', 'failed');
+CREATE INDEX dependencies_child ON dependencies (child);
+CREATE VIEW heads AS
+    SELECT head.seq, head.priority, head.queue FROM counts AS waiting
+    JOIN jobs AS head ON head.seq = (
+        SELECT seq FROM jobs WHERE ready AND queue = waiting.queue ORDER BY priority DESC, seq LIMIT 1)
+    LEFT JOIN queues ON queues.name = waiting.queue
+    WHERE waiting.state IN ('pending', 'failed') AND waiting.n > 0
+    AND NOT coalesce(queues.paused, 0)
+    AND (queues.max_running IS NULL OR queues.max_running > coalesce((
+        SELECT n FROM counts WHERE state = 'processing' AND queue = waiting.queue), 0));
+CREATE TRIGGER jobs_inserted AFTER INSERT ON jobs BEGIN
+    INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+END;
+CREATE TRIGGER jobs_moved AFTER UPDATE OF state, queue ON jobs
+    WHEN OLD.state <> NEW.state OR OLD.queue <> NEW.queue BEGIN
+    UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
+    INSERT INTO counts VALUES (NEW.state, NEW.queue, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+END;
+CREATE TRIGGER jobs_before_delete BEFORE DELETE ON jobs WHEN OLD.state = 'completed' BEGIN
+    DELETE FROM dependencies WHERE parent = OLD.seq;
+END;
+CREATE TRIGGER jobs_deleted AFTER DELETE ON jobs BEGIN
+    UPDATE counts SET n = n - 1 WHERE state = OLD.state AND queue = OLD.queue;
+    DELETE FROM attempts WHERE job = OLD.seq;
+    DELETE FROM dependencies WHERE child = OLD.seq;
+END;
+CREATE TRIGGER jobs_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed' BEGIN
+    UPDATE jobs SET blockers = blockers - 1
+        WHERE seq IN (SELECT child FROM dependencies WHERE parent = NEW.seq);
+END;
+CREATE TRIGGER dependencies_inserted AFTER INSERT ON dependencies BEGIN
+    UPDATE jobs SET blockers = blockers + 1 WHERE seq = NEW.child
+        AND (SELECT state FROM jobs WHERE seq = NEW.parent) <> 'completed';
+END;
+CREATE TRIGGER dependencies_deleted AFTER DELETE ON dependencies BEGIN
+    UPDATE jobs SET blockers = blockers - 1 WHERE seq = OLD.child
+        AND (SELECT state FROM jobs WHERE seq = OLD.parent) IS NOT 'completed';
+END;
+INSERT INTO sqlite_sequence VALUES ('workers',1);
+INSERT INTO sqlite_sequence VALUES ('jobs',8);
+COMMIT;
+"""
+
+
+def rows_of(path: Path, sql: str) -> list[dict[str, Any]]:
+    """What a database answers to a query of another program, by column."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        return [dict(row) for row in db.execute(sql)]
+
+
+def schema_of(path: str | Path) -> list[tuple[str, ...]]:
+    """The schema of a database; indentation does not count."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+    return [(kind, name, " ".join((sql or "").split())) for kind, name, sql in rows]
+
+
+def database_of_1_0_0(home: Home) -> Path:
+    """A file as 1.0.0 has left it."""
+    path = home.root / "1.0.0.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(DATABASE_OF_1_0_0)
+    return path
+
+
+def test_schema_of_1_0_0_is_brought_up_to_that_of_a_new_database(home: Home) -> None:
+    """A database of 1.0.0, kept here as it was, gets just the schema that a new one has."""
+    path = database_of_1_0_0(home)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        same(db.execute("PRAGMA user_version").fetchone(), (1,))
+    q.open_store(str(path)).close()
+    same(schema_of(path), home.store and schema_of(home.home.database))
+    same(rows_of(path, "PRAGMA user_version"), [{"user_version": len(q.MIGRATIONS)}])
+
+
+def test_schema_brought_up_from_1_0_0_keeps_every_job_and_attempt(home: Home) -> None:
+    """Each job of a 1.0.0 database reads back as its row was, its attempts too, and the counters are right."""
+    path = database_of_1_0_0(home)
+    rows, attempts = rows_of(path, "SELECT * FROM jobs ORDER BY seq"), rows_of(path, "SELECT * FROM attempts")
+    same({row["state"] for row in rows}, {state.value for state in q.State})
+    with q.open_store(str(path)) as store:
+        jobs = sorted(store.queries.jobs())
+        same([as_1_0_0_names_it(job) for job in jobs], [as_values(row) for row in rows])
+        kept = [{"job": job.seq, **attempt._asdict()} for job in jobs for attempt in store.queries.history(job)]
+        same([{name: each[name] for name in attempts[0] if name != "n"} for each in kept],
+             [{name: value for name, value in row.items() if name != "n"} for row in attempts])  # fmt: skip
+        same((store.upkeep.damage(), store.upkeep.miscounts()), ([], []))
+
+
+def as_values(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `jobs` as 1.0.0 made it, its JSON read, without the column that is derived."""
+    values = {name: json.loads(row[name]) if name in q.JSON_COLUMNS and row[name] else row[name] for name in row}
+    return {name: value for name, value in values.items() if name != "ready"}
+
+
+def as_1_0_0_names_it(job: q.Job) -> dict[str, Any]:
+    """What a job has of the columns that 1.0.0 knew, by their names then."""
+    since = job._asdict() | {"doomed_by": job.failed_parent}
+    names = re.findall(r"(?m)^    (\w+) (?:INTEGER|TEXT|REAL)", DATABASE_OF_1_0_0.partition("CREATE TABLE jobs")[2])
+    return {name: since[name] for name in names[: names.index("worker") + 1]}
+
+
+def test_schema_brought_up_from_1_0_0_keeps_what_is_beside_the_jobs(home: Home) -> None:
+    """Dependencies, the worker, the queue, the settings, the tallies and the next number outlive the change."""
+    path = database_of_1_0_0(home)
+    with q.open_store(str(path)) as store:
+        (worker,) = store.workers.all()
+        same((worker.id, worker.pid, worker.host, worker.slot), (1, 4242, "here", 1))
+        same((worker.queues, worker.drain, worker.started_at, worker.job), (["default", "q"], True, 1000, "processing"))
+        paused = [(queue.name, queue.max_running) for queue in store.queues.all() if queue.paused]
+        same((paused, store.config.settings().max_retries), ([("q", 2)], 7))
+        tallies = store.queries.tallies()
+        same([tallies[name] for name in ("run count", "run cpu", "run sum")], [4, 0.75, 2.0])
+        spec = q.check_fields({"command": "true", "cwd": "/", "after": ["all"]}, 0)
+        same(list(store.jobs.enqueue([("", spec)], 7000)), [("j0000009", True)])
+        store.jobs.finish(store.queries.get("processing"), exited(0), q.Settings(), 8000)
+        same((store.queries.get("all").blockers, store.upkeep.miscounts()), (0, []))
 
 
 def test_schema_newer_is_refused(home: Home) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of queuectl: `python tests.py [--long | --quick] [--dev] [NAME or part of a name]...`
+"""Tests of queuectl: `python tests.py [--long | --quick] [--dev] [NAME or part of a name]...` (`--help`)
 
 Each test has a temporary home of its own, waits for conditions and never for a time, and leaves no
 process behind. Needs click; with --dev (those tests alone) also hypothesis and prometheus-client.
@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import difflib
 import functools
 import inspect
 import io
@@ -51,6 +52,7 @@ WINDOWS = sys.platform == "win32"
 DEADLINE_S = 240 if WINDOWS else 90  # generous: reached only by what will never happen
 KILL = signal.SIGTERM if WINDOWS else signal.SIGKILL  # on Windows any signal ends a process at once
 LONG = "--long" in sys.argv
+OPTIONS = ("--long", "--quick", "--dev", "-h", "--help")
 ENV_LOCK = threading.Lock()  # the environment belongs to all tests
 
 Test = Callable[..., None]
@@ -1756,6 +1758,7 @@ CREATE TRIGGER dependencies_deleted AFTER DELETE ON dependencies BEGIN
     UPDATE jobs SET blockers = blockers - 1 WHERE seq = OLD.child
         AND (SELECT state FROM jobs WHERE seq = OLD.parent) IS NOT 'completed';
 END;
+DELETE FROM sqlite_sequence;
 INSERT INTO sqlite_sequence VALUES ('workers',1);
 INSERT INTO sqlite_sequence VALUES ('jobs',8);
 COMMIT;
@@ -7623,6 +7626,13 @@ def test_docs_map_at_the_head_is_true() -> None:
     same(re.findall(r"^    (\S+(?: \S+)*)  +\S", text, re.M), list(BANNERS.values()))
 
 
+def test_docs_tests_stand_in_the_order_of_the_sections() -> None:
+    """This file has the sections of queuectl.py in their order, and then what is about the whole."""
+    text = (HERE / "tests.py").read_text(encoding="utf-8")
+    rest = ["the request's scenarios", "docs", "development dependencies", "the run"]
+    same(re.findall(r"^# ---- (.+)", text, re.M), ["the harness", *BANNERS.values(), *rest])
+
+
 def names_used(node: ast.stmt) -> set[str]:
     """The names of its module that a statement refers to, at any depth."""
 
@@ -8352,27 +8362,133 @@ def run_tests(tests: dict[str, Test]) -> dict[str, str]:
     return ended | dict(map(run_test, apart, apart.values()))
 
 
+def usage() -> str:
+    """How the tests are called."""
+    tests = all_tests()
+    of_dev = [test for test in tests.values() if hasattr(test, "dev")]
+    return f"""Usage: python tests.py [--long | --quick] [--dev] [NAME]...
+
+NAME is the name of a test or a part of it; without one all tests run.
+
+  --long      also what takes minutes: more rounds and more examples
+  --quick     without what takes long or needs the machine for itself
+  --dev       those tests alone that need the development dependencies hypothesis and prometheus-client
+  -h, --help  this page
+
+SEED=N in the environment repeats a run of chaos or fuzz that has printed SEED=N.
+There are {len(tests) - len(of_dev)} tests, and {len(of_dev)} with --dev. The exit code is 0 where none failed."""
+
+
+def all_tests() -> dict[str, Test]:
+    """Every test of this file by its name."""
+    return {name: test for name, test in globals().items() if name.startswith("test_")}
+
+
+def likeness(part: str, name: str) -> float:
+    """How much a part of a name, as somebody typed it, is like so many words of a name."""
+    words, count = name.split("_"), part.count("_") + 1
+    parts = ["_".join(words[at : at + count]) for at in range(len(words))]
+    return max(difflib.SequenceMatcher(None, part, each).ratio() for each in parts)
+
+
+def mistake(words: list[str]) -> str | None:
+    """What is wrong with a command line, in one line."""
+    for word in words:
+        is_dev = "--dev" in words
+        if word.startswith("-"):
+            if word not in OPTIONS:
+                close = difflib.get_close_matches(word, OPTIONS, 1) or OPTIONS
+                return f"there is no option {word}; did you mean {' or '.join(close)}?"
+        elif not any(word in name for name in chosen(is_dev, [])):
+            if any(word in name for name in chosen(not is_dev, [])):
+                return f"the tests called {word} run {'without' if is_dev else 'with'} --dev"
+            near = sorted(chosen(is_dev, []), key=lambda name: likeness(word, name), reverse=True)[:3]
+            return f"no test is called {word}; the nearest are {', '.join(near)}"
+    return None
+
+
+def chosen(is_dev: bool, parts: list[str]) -> dict[str, Test]:
+    """The tests that have one of these parts in their name, or all, of one of the two kinds."""
+    return {
+        name: test for name, test in all_tests().items()
+        if hasattr(test, "dev") == is_dev and (not parts or any(part in name for part in parts))
+    }  # fmt: skip
+
+
+def let_children_be_interrupted() -> None:
+    """Give children SIGINT as it is by default: a shell without job control starts `python tests.py &` without it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)  # a handler ends with exec; this process goes on ignoring it
+
+
 def main(words: list[str]) -> int:
     """Run the tests that the words choose; the exit code."""
-    if not __debug__:
-        print("python -O takes the assertions away")
+    if {"-h", "--help"} & set(words):
+        print(usage())
+        return 0
+    wrong = mistake(words) if __debug__ else "python -O takes the assertions away"
+    if wrong:
+        print(f"tests.py: {wrong}", file=sys.stderr)
         return 2
-    parts = [word for word in words if not word.startswith("--")]
-    chosen = {
-        name: test
-        for name, test in globals().items()
-        if name.startswith("test_") and hasattr(test, "dev") == ("--dev" in words)
-        and (not parts or any(part in name for part in parts))
-        and not ("--quick" in words and (hasattr(test, "alone") or hasattr(test, "slow")))
-    }  # fmt: skip
-    ended = run_tests({name: test for name, test in chosen.items() if getattr(test, "here", True)})
+    let_children_be_interrupted()
+    asked = chosen("--dev" in words, [word for word in words if not word.startswith("-")])
+    if "--quick" in words:
+        asked = {name: test for name, test in asked.items() if not hasattr(test, "alone") and not hasattr(test, "slow")}
+    ended = run_tests({name: test for name, test in asked.items() if getattr(test, "here", True)})
+    return report(ended, len(asked) - len(ended))
+
+
+def report(ended: dict[str, str], elsewhere: int) -> int:
+    """Sum up how the tests ended; the exit code."""
     verdicts = collections.Counter(ended.values())
     for name, verdict in ended.items():
         if verdict == "FAILED":
             print(f"FAILED {name}")
-    print(f"{len(chosen) - len(ended)} not for this system, {verdicts['skipped']} skipped")
+    print(f"{elsewhere} not for this system, {verdicts['skipped']} skipped")
     print(f"{verdicts['ok']} passed, {verdicts['FAILED']} failed")
-    return 1 if verdicts["FAILED"] or not chosen else 0
+    return 1 if verdicts["FAILED"] else 0
+
+
+# -- its own tests
+
+
+def run_of_tests(home: Home, *words: str, before: str = "") -> Ran:
+    """What this file does when it is run with these words, in a shell that has done something before."""
+    line = [sys.executable, str(HERE / "tests.py"), *words]
+    if before:
+        line = ["/bin/sh", "-c", f'{before}; exec "$@"', "sh", *line]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    return finished(subprocess.Popen(line, cwd=home.work, env=env, **pipes))
+
+
+def test_run_says_how_it_is_called(home: Home) -> None:
+    """--help names every option, what NAME does and how many tests there are, and runs none."""
+    for option in ("-h", "--help"):
+        ran = run_of_tests(home, "--dev", option)
+        same((ran.code, ran.err, ran.out), (0, "", usage() + "\n"))
+    kinds = [len(chosen(is_dev, [])) for is_dev in (False, True)]
+    assert all(option in usage() for option in OPTIONS) and f"{kinds[0]} tests, and {kinds[1]}" in usage(), usage()
+
+
+def test_run_refuses_what_it_does_not_know(home: Home) -> None:
+    """An unknown option, and a name that no test has, are one line with what is nearest, exit 2, and nothing runs."""
+    for words, said in (
+        (["--lnog"], "no option --lnog; did you mean --long?"), (["-x"], "--help"),
+        (["test_erors_have"], "test_errors_have_the_exit_codes_of_the_contract"),
+        (["ctrl", "nosuch"], "called nosuch;"),
+        (["model_does"], "with --dev"), (["--dev", "ctrl_c"], "without --dev"),
+    ):  # fmt: skip
+        ran = run_of_tests(home, *words)
+        same((ran.code, ran.out), (2, ""))
+        assert re.fullmatch(r"tests\.py: [^\n]+\n", ran.err) and said in ran.err, ran.err
+
+
+@posix
+def test_run_goes_well_where_interrupts_are_ignored(home: Home) -> None:
+    """Ctrl-C ends a command under test also where the tests were started with SIGINT ignored."""
+    ran = run_of_tests(home, "ctrl_c_leaves_nothing", "watch_redraws", before="trap '' INT")
+    same((ran.code, ran.err, "2 passed, 0 failed" in ran.out), (0, "", True))
 
 
 if __name__ == "__main__":

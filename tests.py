@@ -7864,6 +7864,12 @@ BLANK: dict[str, Any] = {
 }  # fmt: skip
 
 
+OUTCOMES = [q.Outcome(q.EndReason.EXITED, code) for code in (0, 0, 1, 1, 3, 4, 75)] + [
+    q.Outcome(q.EndReason.TIMED_OUT), q.Outcome(q.EndReason.GIVEN_BACK), q.Outcome(q.EndReason.NOT_STARTED, 127),
+    q.Outcome(q.EndReason.EXITED, None, signal.SIGTERM),
+]  # fmt: skip
+
+
 @dataclasses.dataclass
 class Known:
     """What the model knows of a job."""
@@ -8061,6 +8067,22 @@ class Model:
             if self.jobs[seq].state in q.HOPELESS:
                 self.doom(self.jobs[seq], now)
 
+    def cancel(self, jobs: list[Known], now: int) -> None:
+        """Tell what runs to end, and end what waits with everything below it."""
+        waiting = [job for job in jobs if job.state is not q.State.PROCESSING]
+        for job in jobs:
+            job.cancelling = job.state is q.State.PROCESSING
+        for job in waiting:
+            job.state, job.ended_at = q.State.CANCELLED, now
+        for job in waiting:  # only now: what was to be cancelled is not dead
+            self.doom(job, now)
+
+    def row_of(self, job: Known) -> tuple[Any, ...]:
+        """What is compared of a job."""
+        blockers = sum(not self.has_completed(seq) for seq in job.parents)
+        return (job.id, job.state, job.attempts, job.has("queue"), job.has("priority"), job.has("hold"), job.cancelling,
+                job.failed_parent, blockers, job.ended_at, job.has("key"), job.ran)  # fmt: skip
+
     def remove(self, jobs: list[Known]) -> None:
         """Forget jobs for good; a child goes on waiting for one that had not completed."""
         done = {job.seq for job in jobs if job.state is q.State.COMPLETED}
@@ -8070,253 +8092,288 @@ class Model:
             other.parents = [seq for seq in other.parents if seq not in done]
 
 
-def store_machine() -> Any:
-    """The state machine that does to a store and to the model whatever hypothesis thinks of."""
+class StoreSteps:
+    """A store and its model side by side: each step does the same to both, and fails where they disagree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(prefix="queuectl-test-")
+        self.path = os.path.join(self.folder.name, "queue.db")
+        self.store, self.model, self.now = q.open_store(self.path, durable=False), Model(), 1_000_000
+        self.workers: dict[int, list[str] | None] = {}  # and the queues that they take
+        self.slots: dict[int, int] = {}
+        self.claims: list[q.Job] = []  # every one that was ever made, the late ones too
+
+    def teardown(self) -> None:
+        """Leave nothing behind."""
+        self.store.close()
+        self.folder.cleanup()
+
+    # -- how the two are compared
+
+    def agree(self, do: Callable[[], Any], expect: Callable[[], Any]) -> Any:
+        """Store and model do the same, or both refuse and nothing has changed."""
+        before = copy.deepcopy(self.model.jobs), self.model.last
+        try:
+            wanted = expect()
+        except Refused:
+            self.model.jobs, self.model.last = before
+            with refuses(q.QueueError):
+                do()
+            return None
+        got = do()
+        return same(got, wanted)
+
+    def chosen(self, which: q.Selection, states: Iterable[q.State]) -> list[Known]:
+        """The jobs that a selection means to the model."""
+        if which == q.NOTHING or (which.ids and which.is_filter):
+            raise Refused
+        if which.ids:
+            return self.named(which.ids, states)
+        return [
+            job for _, job in sorted(self.model.jobs.items())
+            if job.state in states and (which.states is None or job.state in which.states)
+            and which.tag in (None, job.has("tag")) and which.queue in (None, job.has("queue"))
+        ]  # fmt: skip
+
+    def named(self, ids: Iterable[str], states: Iterable[q.State]) -> list[Known]:
+        """The jobs of these ids, each once; all must be there in one of the states."""
+        found = [self.model.by_id(id) for id in ids]
+        if not all(job and job.state in states for job in found):
+            raise Refused
+        return list({job.seq: job for job in found if job}.values())
+
+    def with_parents(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields whose `after` names jobs that exist, mostly the newest, instead of counting them."""
+        ids = [job.id for _, job in sorted(self.model.jobs.items(), reverse=True)] or ["nobody"]
+        after = dict.fromkeys("nobody" if n == 20 else ids[n % min(len(ids), 4)] for n in fields.get("after", ()))
+        return {**fields, "after": list(after)} if after else fields
+
+    def rows_are_as_the_model_says(self) -> None:
+        """Jobs, counts and counters are what the model has."""
+        got = {job.seq: self.row_of(job) for job in self.store.queries.jobs()}
+        same(got, {job.seq: self.model.row_of(job) for job in self.model.jobs.values()})
+        states = collections.Counter(job.state for job in self.model.jobs.values())
+        same(self.store.queries.counts(), {state: states[state] for state in q.State})
+        same(self.store.upkeep.miscounts(), [])
+
+    def row_of(self, job: q.Job) -> tuple[Any, ...]:
+        """What is compared of a job."""
+        return (job.id, job.state, job.attempts, job.queue, job.priority, job.hold, job.cancelling, job.failed_parent,
+                job.blockers, job.finished_at, job.key, len(self.store.queries.history(job)))  # fmt: skip
+
+    # -- jobs come, and workers work
+
+    def enqueue(self, batch: list[dict[str, Any]], skip: bool) -> None:
+        """Take a batch in."""
+        batch = [q.check_fields(self.with_parents(fields), self.now) for fields in batch]
+        self.agree(
+            lambda: list(self.store.jobs.enqueue([("", dict(spec)) for spec in batch], self.now, skip_existing=skip)),
+            lambda: self.model.enqueue(batch, skip, self.now),
+        )
+
+    def register(self, queues: list[str] | None) -> None:
+        """Let a worker come, in the lowest free slot."""
+        free = min(set(range(1, len(self.slots) + 2)) - set(self.slots.values()))
+        row, _ = self.store.workers.register(
+            1, "h", queues, False, self.now, lambda _: None, lambda row: row.id in self.slots
+        )
+        same((row.slot, row.queues), (free, queues))
+        self.workers[row.id], self.slots[row.id] = queues, free
+
+    def claim(self, n: int) -> None:
+        """Let one of the workers claim a job."""
+        worker = sorted(self.workers)[n % len(self.workers)]
+        if any(job.worker == worker and job.state is q.State.PROCESSING for job in self.model.jobs.values()):
+            return
+        self.now += 1  # no two attempts of a job begin in the same millisecond
+        job = self.store.jobs.claim(worker, self.workers[worker], self.now)
+        wanted = self.model.next(self.workers[worker], self.now)
+        same(job and job.id, wanted and wanted.id)
+        if job and wanted:
+            wanted.state, wanted.worker, wanted.due_at = q.State.PROCESSING, worker, None
+            wanted.attempts += 1
+            self.claims.append(job)
+
+    def finish(self, n: int, outcome: q.Outcome) -> None:
+        """End the attempt of one of the last claims, which may be over long since."""
+        claim = self.claims[-6:][n % min(len(self.claims), 6)]
+        job = self.model.jobs.get(claim.seq)
+        newest = [other for other in self.claims if other.seq == claim.seq][-1]
+        is_mine = job and job.state is q.State.PROCESSING and newest is claim and claim.worker in self.workers
+        if job and is_mine:
+            self.model.finish(job, outcome, self.now)
+        got = self.store.jobs.finish(claim, outcome, q.Settings(max_retries=3), self.now)
+        same(got, job.state if job and is_mine else None)
+
+    def die_and_be_recovered(self, n: int) -> None:
+        """Let one of the workers die, and another recover its job."""
+        worker, lost = sorted(self.workers)[n % len(self.workers)], q.Outcome(q.EndReason.LOST, error="died")
+        for job in self.store.jobs.running_jobs(worker):
+            self.model.finish(self.model.jobs[job.seq], lost, self.now)
+            got = self.store.jobs.finish(job, lost, q.Settings(max_retries=3), self.now)
+            same(got, self.model.jobs[job.seq].state)
+        self.store.workers.unregister(worker)
+        del self.workers[worker], self.slots[worker]
+
+    # -- what people do
+
+    def hold_or_release(self, which: q.Selection, hold: bool) -> None:
+        """Hold jobs, or let them go."""
+
+        def expect() -> list[str]:
+            found = self.chosen(which, q.WAITING)
+            for job in found:
+                job.fields = {**job.fields, "hold": hold}
+            return [job.id for job in found]
+
+        self.agree(lambda: self.store.changes.set_hold(which, hold, self.now), expect)
+
+    def cancel(self, which: q.Selection) -> None:
+        """Cancel jobs: what runs is told to end, what waits ends at once."""
+
+        def expect() -> list[str]:
+            found = self.chosen(which, list(q.State) if which.ids else ACTIVE)
+            wanted = [job.id for job in found]
+            self.model.cancel([job for job in found if job.state in ACTIVE], self.now)
+            return wanted
+
+        self.agree(lambda: [job.id for job in self.store.changes.cancel(which, self.now)], expect)
+
+    def edit(self, which: q.Selection, spec: dict[str, Any]) -> None:
+        """Change jobs that wait."""
+        spec = q.check_fields(self.with_parents({"priority": 0, **spec}), self.now)
+
+        def expect() -> list[str]:
+            found = self.chosen(which, q.EDITABLE)
+            for job in found:
+                self.model.set_fields(job, spec, self.now)
+            return [job.id for job in found]
+
+        self.agree(lambda: [job.id for _, job in self.store.changes.edit(which, spec, self.now)], expect)
+
+    def run_again(self, which: q.Selection, spec: dict[str, Any], only_dead: bool) -> None:
+        """Bring dead jobs, or ended ones, back with changes."""
+        spec = q.check_fields(self.with_parents(spec), self.now)
+        do = self.store.changes.retry_dead if only_dead else self.store.changes.rerun
+
+        def expect() -> list[str]:
+            found = self.chosen(which, [q.State.DEAD] if only_dead else q.ENDED)
+            return self.model.run_again([job.seq for job in found], spec, bool(which.ids), self.now)
+
+        self.agree(lambda: do(which, self.now, spec), expect)
+
+    def purge_dead(self, which: q.Selection) -> None:
+        """Remove dead jobs."""
+
+        def expect() -> list[str]:
+            found = self.chosen(which, [q.State.DEAD])
+            self.model.remove(found)
+            return [job.id for job in found]
+
+        self.agree(lambda: self.store.changes.purge_dead(which), expect)
+
+    def prune(self, states: set[q.State], age: int, dry: bool) -> None:
+        """Remove jobs that ended long enough ago."""
+        before = self.now - age
+        found = [job for job in self.model.jobs.values() if job.state in states and (job.ended_at or 0) < before]
+        got = [id for ids in self.store.changes.prune(sorted(states), before, dry_run=dry, batch=2) for id in ids]
+        same(sorted(got), sorted(job.id for job in found))
+        if not dry:
+            self.model.remove(found)
+
+    def pause_or_resume(self, queue: str, paused: bool) -> None:
+        """Pause a queue, or let it go on."""
+        self.store.queues.set_paused([queue], paused)
+        (self.model.paused.add if paused else self.model.paused.discard)(queue)
+
+    def limit(self, queue: str, limit: int | None) -> None:
+        """Limit a queue, or no more."""
+        self.store.queues.set_limit(queue, limit)
+        self.model.limits = {**self.model.limits, queue: limit or 1000}
+
+    def time_passes(self, seconds: int) -> None:
+        """Let time pass."""
+        self.now += seconds * 1000
+
+    def restart(self) -> None:
+        """Close the database and open it again."""
+        self.store.close()
+        self.store = q.open_store(self.path, durable=False)
+
+
+def store_fields() -> dict[str, Any]:
+    """For each field the values that hypothesis may give it; few, so that jobs meet."""
     from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-    ids = st.sampled_from(["a", "A", "b", "c", "d"])
-    some_ids = st.lists(ids | st.sampled_from([f"j{n:07x}" for n in range(1, 12)]), min_size=1, max_size=3, unique=True)
-    given = {
-        "id": ids, "priority": st.integers(-1, 1), "max_retries": st.integers(0, 2), "delay": st.integers(0, 9),
-        "queue": st.sampled_from(QUEUES), "tag": st.sampled_from(TAGS), "key": st.sampled_from(KEYS),
-        "after": st.lists(st.integers(0, 20), min_size=1, max_size=2), "hold": st.booleans(),
-        "on_lost": st.sampled_from(["retry", "dead"]),
-        "ok_codes": st.just([3]), "no_retry_codes": st.just([4]), "snooze": st.booleans(),
+    return {
+        "id": st.sampled_from(["a", "A", "b", "c", "d"]), "priority": st.integers(-1, 1),
+        "max_retries": st.integers(0, 2), "delay": st.integers(0, 9), "queue": st.sampled_from(QUEUES),
+        "tag": st.sampled_from(TAGS), "key": st.sampled_from(KEYS), "hold": st.booleans(), "snooze": st.booleans(),
+        "after": st.lists(st.integers(0, 20), min_size=1, max_size=2), "on_lost": st.sampled_from(["retry", "dead"]),
+        "ok_codes": st.just([3]), "no_retry_codes": st.just([4]),
     }  # fmt: skip
-    jobs = st.fixed_dictionaries({"command": st.just("true"), "cwd": st.just("/")}, optional=given)
-    changing = ("priority", "max_retries", "queue", "key", "after", "delay")
-    changes = st.fixed_dictionaries({}, optional={name: given[name] for name in changing})
+
+
+def store_selections() -> Any:
+    """The selections of jobs that hypothesis may make."""
+    from hypothesis import strategies as st
+
+    ids = store_fields()["id"] | st.sampled_from([f"j{n:07x}" for n in range(1, 12)])
     tags, queues = st.none() | st.sampled_from(TAGS), st.none() | st.sampled_from(QUEUES)
+    some_ids = st.lists(ids, min_size=1, max_size=3, unique=True)
     states = st.none() | st.lists(st.sampled_from(list(q.State)), max_size=3, unique=True)
-    choices = st.tuples(st.just(()), tags, queues, st.booleans(), states).map(lambda values: q.Selection(*values))
-    which = st.tuples(some_ids).map(lambda values: q.Selection(*values)) | choices
-    which |= st.tuples(some_ids, tags).map(lambda values: q.Selection(*values))  # both is refused
-    ends = [q.Outcome(q.EndReason.EXITED, code) for code in (0, 0, 1, 1, 3, 4, 75)] + [
-        q.Outcome(q.EndReason.TIMED_OUT), q.Outcome(q.EndReason.GIVEN_BACK), q.Outcome(q.EndReason.NOT_STARTED, 127),
-        q.Outcome(q.EndReason.EXITED, None, signal.SIGTERM),
-    ]  # fmt: skip
+    kinds = [(some_ids,), (st.just(()), tags, queues, st.booleans(), states), (some_ids, tags)]  # the last is refused
+    return st.one_of([st.tuples(*kind).map(lambda values: q.Selection(*values)) for kind in kinds])
 
-    class StoreMachine(RuleBasedStateMachine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.folder = tempfile.TemporaryDirectory(prefix="queuectl-test-")
-            self.path = os.path.join(self.folder.name, "queue.db")
-            self.store, self.model, self.now = q.open_store(self.path, durable=False), Model(), 1_000_000
-            self.workers: dict[int, list[str] | None] = {}  # and the queues that they take
-            self.slots: dict[int, int] = {}
-            self.claims: list[q.Job] = []  # every one that was ever made, the late ones too
 
-        def teardown(self) -> None:
-            self.store.close()
-            self.folder.cleanup()
+def worker_rules() -> dict[str, Any]:
+    """The steps by which jobs come and workers work, with what hypothesis may call them with."""
+    from hypothesis import strategies as st
+    from hypothesis.stateful import precondition, rule
 
-        def agree(self, do: Callable[[], Any], expect: Callable[[], Any]) -> Any:
-            """Store and model do the same, or both refuse and nothing has changed."""
-            before = copy.deepcopy(self.model.jobs), self.model.last
-            try:
-                wanted = expect()
-            except Refused:
-                self.model.jobs, self.model.last = before
-                with refuses(q.QueueError):
-                    do()
-                return None
-            got = do()
-            return same(got, wanted)
+    jobs = st.fixed_dictionaries({"command": st.just("true"), "cwd": st.just("/")}, optional=store_fields())
+    takes, which, steps = st.lists(st.sampled_from(QUEUES), min_size=1, unique=True), st.integers(0, 5), StoreSteps
+    has_workers, has_claims = precondition(lambda self: self.workers), precondition(lambda self: self.claims)
+    return {
+        "enqueue": rule(batch=st.lists(jobs, min_size=1, max_size=3), skip=st.booleans())(steps.enqueue),
+        "register": rule(queues=st.none() | takes)(steps.register),
+        "claim": has_workers(rule(n=which)(steps.claim)),
+        "finish": has_claims(rule(n=which, outcome=st.sampled_from(OUTCOMES))(steps.finish)),
+        "die_and_be_recovered": has_workers(rule(n=which)(steps.die_and_be_recovered)),
+    }
 
-        def chosen(self, which: q.Selection, states: Iterable[q.State]) -> list[Known]:
-            """The jobs that a selection means to the model."""
-            if which.ids and which.is_filter:
-                raise Refused
-            if which.ids:
-                named = [self.model.by_id(id) for id in which.ids]
-                if not all(job and job.state in states for job in named):
-                    raise Refused
-                return list({job.seq: job for job in named if job}.values())
-            if which == q.NOTHING:
-                raise Refused
-            return [
-                job for _, job in sorted(self.model.jobs.items())
-                if job.state in states and (which.states is None or job.state in which.states)
-                and which.tag in (None, job.has("tag")) and which.queue in (None, job.has("queue"))
-            ]  # fmt: skip
 
-        def with_parents(self, fields: dict[str, Any]) -> dict[str, Any]:
-            """Fields whose `after` names jobs that exist, mostly the newest, instead of counting them."""
-            ids = [job.id for _, job in sorted(self.model.jobs.items(), reverse=True)] or ["nobody"]
-            after = dict.fromkeys("nobody" if n == 20 else ids[n % min(len(ids), 4)] for n in fields.get("after", ()))
-            return {**fields, "after": list(after)} if after else fields
+def people_rules() -> dict[str, Any]:
+    """The steps that people make, and what happens without anybody, with what hypothesis may call them with."""
+    from hypothesis import strategies as st
+    from hypothesis.stateful import rule
 
-        @rule(batch=st.lists(jobs, min_size=1, max_size=3), skip=st.booleans())
-        def enqueue(self, batch: list[dict[str, Any]], skip: bool) -> None:
-            batch = [q.check_fields(self.with_parents(fields), self.now) for fields in batch]
-            self.agree(
-                lambda: list(
-                    self.store.jobs.enqueue([("", dict(spec)) for spec in batch], self.now, skip_existing=skip)
-                ),
-                lambda: self.model.enqueue(batch, skip, self.now),
-            )
+    which, steps, fields, queue = store_selections(), StoreSteps, store_fields(), st.sampled_from(QUEUES)
+    changing = ("priority", "max_retries", "queue", "key", "after", "delay")
+    changes = st.fixed_dictionaries({}, optional={name: fields[name] for name in changing})
+    states = st.sets(st.sampled_from(q.ENDED), min_size=1)
+    return {
+        "hold_or_release": rule(which=which, hold=st.booleans())(steps.hold_or_release),
+        "cancel": rule(which=which)(steps.cancel),
+        "edit": rule(which=which, spec=changes)(steps.edit),
+        "run_again": rule(which=which | st.just(q.EVERY_JOB), spec=changes, only_dead=st.booleans())(steps.run_again),
+        "purge_dead": rule(which=which)(steps.purge_dead),
+        "prune": rule(states=states, age=st.sampled_from([0, 5000]), dry=st.booleans())(steps.prune),
+        "pause_or_resume": rule(queue=queue, paused=st.booleans())(steps.pause_or_resume),
+        "limit": rule(queue=queue, limit=st.none() | st.integers(1, 2))(steps.limit),
+        "time_passes": rule(seconds=st.sampled_from([1, 2, 4, 10]))(steps.time_passes),
+        "restart": rule()(steps.restart),
+    }
 
-        @rule(queues=st.none() | st.lists(st.sampled_from(QUEUES), min_size=1, unique=True))
-        def register(self, queues: list[str] | None) -> None:
-            free = min(set(range(1, len(self.slots) + 2)) - set(self.slots.values()))
-            row, _ = self.store.workers.register(
-                1, "h", queues, False, self.now, lambda _: None, lambda row: row.id in self.slots
-            )
-            same((row.slot, row.queues), (free, queues))
-            self.workers[row.id], self.slots[row.id] = queues, free
 
-        @precondition(lambda self: self.workers)
-        @rule(data=st.data())
-        def claim(self, data: Any) -> None:
-            worker = data.draw(st.sampled_from(sorted(self.workers)))
-            if any(job.worker == worker and job.state is q.State.PROCESSING for job in self.model.jobs.values()):
-                return
-            self.now += 1  # no two attempts of a job begin in the same millisecond
-            job = self.store.jobs.claim(worker, self.workers[worker], self.now)
-            wanted = self.model.next(self.workers[worker], self.now)
-            same(job and job.id, wanted and wanted.id)
-            if job and wanted:
-                wanted.state, wanted.worker, wanted.due_at = q.State.PROCESSING, worker, None
-                wanted.attempts += 1
-                self.claims.append(job)
+def store_machine() -> Any:
+    """The state machine by which hypothesis makes the steps, in whatever order it thinks of."""
+    from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-        @precondition(lambda self: self.claims)
-        @rule(data=st.data(), outcome=st.sampled_from(ends))
-        def finish(self, data: Any, outcome: q.Outcome) -> None:
-            claim = data.draw(st.sampled_from(self.claims[-6:]))
-            job = self.model.jobs.get(claim.seq)
-            newest = [other for other in self.claims if other.seq == claim.seq][-1]
-            is_mine = job and job.state is q.State.PROCESSING and newest is claim and claim.worker in self.workers
-            if job and is_mine:
-                self.model.finish(job, outcome, self.now)
-            got = self.store.jobs.finish(claim, outcome, q.Settings(max_retries=3), self.now)
-            same(got, job.state if job and is_mine else None)
-
-        @precondition(lambda self: self.workers)
-        @rule(data=st.data())
-        def die_and_be_buried(self, data: Any) -> None:
-            worker = data.draw(st.sampled_from(sorted(self.workers)))
-            for job in self.store.jobs.running_jobs(worker):
-                lost = q.Outcome(q.EndReason.LOST, error="died")
-                self.model.finish(self.model.jobs[job.seq], lost, self.now)
-                same(
-                    self.store.jobs.finish(job, lost, q.Settings(max_retries=3), self.now),
-                    self.model.jobs[job.seq].state,
-                )
-            self.store.workers.unregister(worker)
-            del self.workers[worker], self.slots[worker]
-
-        @rule(which=which, hold=st.booleans())
-        def hold_or_release(self, which: q.Selection, hold: bool) -> None:
-            def expect() -> list[str]:
-                found = self.chosen(which, q.WAITING)
-                for job in found:
-                    job.fields = {**job.fields, "hold": hold}
-                return [job.id for job in found]
-
-            self.agree(lambda: self.store.changes.set_hold(which, hold, self.now), expect)
-
-        @rule(which=which)
-        def cancel(self, which: q.Selection) -> None:
-            def expect() -> list[str]:
-                found = self.chosen(which, list(q.State) if which.ids else ACTIVE)
-                wanted = [job.id for job in found]
-                found = [job for job in found if job.state in ACTIVE]
-                for job, state in [(job, job.state) for job in found]:
-                    if state is q.State.PROCESSING:
-                        job.cancelling = True
-                        continue
-                    job.state, job.ended_at = q.State.CANCELLED, self.now
-                for job in found:  # only now: what was to be cancelled is not dead
-                    if not job.cancelling:
-                        self.model.doom(job, self.now)
-                return wanted
-
-            self.agree(lambda: [job.id for job in self.store.changes.cancel(which, self.now)], expect)
-
-        @rule(which=which, spec=changes)
-        def edit(self, which: q.Selection, spec: dict[str, Any]) -> None:
-            spec = q.check_fields(self.with_parents({"priority": 0, **spec}), self.now)
-
-            def expect() -> list[str]:
-                found = self.chosen(which, q.EDITABLE)
-                for job in found:
-                    self.model.set_fields(job, spec, self.now)
-                return [job.id for job in found]
-
-            self.agree(lambda: [job.id for _, job in self.store.changes.edit(which, spec, self.now)], expect)
-
-        @rule(which=which | st.just(q.EVERY_JOB), spec=changes, only_dead=st.booleans())
-        def run_again(self, which: q.Selection, spec: dict[str, Any], only_dead: bool) -> None:
-            spec = q.check_fields(self.with_parents(spec), self.now)
-            do = self.store.changes.retry_dead if only_dead else self.store.changes.rerun
-
-            def expect() -> list[str]:
-                found = self.chosen(which, [q.State.DEAD] if only_dead else q.ENDED)
-                return self.model.run_again([job.seq for job in found], spec, bool(which.ids), self.now)
-
-            self.agree(lambda: do(which, self.now, spec), expect)
-
-        @rule(which=which)
-        def purge_dead(self, which: q.Selection) -> None:
-            def expect() -> list[str]:
-                found = self.chosen(which, [q.State.DEAD])
-                self.model.remove(found)
-                return [job.id for job in found]
-
-            self.agree(lambda: self.store.changes.purge_dead(which), expect)
-
-        @rule(states=st.sets(st.sampled_from(q.ENDED), min_size=1), age=st.sampled_from([0, 5000]), dry=st.booleans())
-        def prune(self, states: set[q.State], age: int, dry: bool) -> None:
-            before = self.now - age
-            found = [job for job in self.model.jobs.values() if job.state in states and (job.ended_at or 0) < before]
-            got = [id for ids in self.store.changes.prune(sorted(states), before, dry_run=dry, batch=2) for id in ids]
-            same(sorted(got), sorted(job.id for job in found))
-            if not dry:
-                self.model.remove(found)
-
-        @rule(queue=st.sampled_from(QUEUES), paused=st.booleans())
-        def pause_or_resume(self, queue: str, paused: bool) -> None:
-            self.store.queues.set_paused([queue], paused)
-            (self.model.paused.add if paused else self.model.paused.discard)(queue)
-
-        @rule(queue=st.sampled_from(QUEUES), limit=st.none() | st.integers(1, 2))
-        def limit(self, queue: str, limit: int | None) -> None:
-            self.store.queues.set_limit(queue, limit)
-            self.model.limits = {**self.model.limits, queue: limit or 1000}
-
-        @rule(seconds=st.sampled_from([1, 2, 4, 10]))
-        def time_passes(self, seconds: int) -> None:
-            self.now += seconds * 1000
-
-        @rule()
-        def restart(self) -> None:
-            self.store.close()
-            self.store = q.open_store(self.path, durable=False)
-
-        @invariant()
-        def rows_are_as_the_model_says(self) -> None:
-            rows = {job.seq: job for job in self.store.queries.jobs()}
-            got = {
-                job.seq: (job.id, job.state, job.attempts, job.queue, job.priority, job.hold, job.cancelling,
-                          job.failed_parent, job.blockers, job.finished_at, job.key,
-                          len(self.store.queries.history(job)))
-                for job in rows.values()
-            }  # fmt: skip
-            wanted = {}
-            for job in self.model.jobs.values():
-                blockers = [seq for seq in job.parents if not self.model.has_completed(seq)]
-                wanted[job.seq] = (
-                    job.id, job.state, job.attempts, job.has("queue"), job.has("priority"), job.has("hold"),
-                    job.cancelling, job.failed_parent, len(blockers), job.ended_at, job.has("key"), job.ran,
-                )  # fmt: skip
-            same(got, wanted)
-            states = collections.Counter(job.state for job in self.model.jobs.values())
-            same(self.store.queries.counts(), {state: states[state] for state in q.State})
-            same(self.store.upkeep.miscounts(), [])
-
-    return StoreMachine
+    rules = {**worker_rules(), **people_rules()}
+    rules["rows_are_as_the_model_says"] = invariant()(StoreSteps.rows_are_as_the_model_says)
+    return type("StoreMachine", (StoreSteps, RuleBasedStateMachine), rules)
 
 
 @dev

@@ -4612,8 +4612,15 @@ def test_worker_killed_what_cleared_its_environment_is_ended_too(home: Home) -> 
 
 def test_worker_that_its_jobs_kill_ends_with_the_job_dead(home: Home) -> None:
     """A job that kills its worker each time is dead after its retries, not in a loop."""
-    script = "import os, signal\nos.kill(int(open('pid').read()), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-    home.add([sys.executable, home.script("killer.py", script + "input()")], id="a", max_retries=1, hold=True)
+    script = """
+import os, signal, time
+while True:
+    try:
+        os.kill(int(open("pid").read()), getattr(signal, "SIGKILL", signal.SIGTERM))
+    except OSError:
+        time.sleep(0.02)  # it is the id of the worker before
+"""
+    home.add([sys.executable, home.script("killer.py", script)], id="a", max_retries=1, hold=True)
     for n in (1, 2):
         (row,) = [row for row in home.start() if q.has_living_process(home.home, row)]
         (home.work / "pid").write_text(str(row.pid))

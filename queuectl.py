@@ -6193,353 +6193,6 @@ class Signs(NamedTuple):
     life: Life
 
 
-class Duty:
-    """Something that a worker does now and then, whatever else it is at."""
-
-    def __init__(self, every_s: float, do: Callable[[], None]) -> None:
-        self.every_s, self.do = every_s, do
-        self.due_s = 0.0  # on the clock's monotonic scale: at once
-
-
-class Worker:
-    """One worker: it claims a job, runs it, records what came of it, and begins again.
-
-    Workers are equal peers. Each looks after the jobs of those that died.
-    """
-
-    def __init__(self, home: Home, store: Store, row: WorkerRow, signs: Signs, log: Callable[[str], None],
-                 clock: Clock) -> None:  # fmt: skip
-        self._home, self._store, self._row, self._log, self._clock = home, store, row, log, clock
-        self._bell, self._life = signs
-        self._settings = Settings()
-        self._hooks: list[tuple[str, str]] = []  # ids of jobs that have ended, and what is to run for them
-        self._signals = 0  # how often it was told by a signal to leave
-        self._env = {
-            **inherited_environment(),
-            "QUEUECTL_HOME": home.path,
-            "QUEUECTL_SLOT": str(row.slot),
-        }
-        self._spool = Spool(home.spool(row.id), row.slot <= WATCHED_SLOTS) if CAN_TELL_WHO_OPENS else None
-        self._write_gate = WriteGate(home)
-        self._database = file_identity(home.database)
-        self._is_homeless = False  # the home was removed or replaced under us
-        self._is_outdated = False  # a newer queuectl has changed the schema
-        self._clock_offset_ms = math.inf  # the first check finds backoffs that a wrong clock had begun
-        self._seen = -1  # `commits_seen` when the last claim began
-        self._next_poll_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
-        self._idle_poll_s = DUTY_S  # how long it sleeps at most while nobody wakes it
-        self._ring: list[tuple[int, str | None]] = []  # the other workers, from the next one below
-        self._ring_seen = -1  # `commits_seen` when they were read
-        self._recoveries: dict[int, Recovery] = {}  # of dead workers, by their ids
-        self._left = ""  # processes of the job in hand that cannot be ended
-        self._memory_kills = 0
-        self._complaint = ""
-        self._ring_duty = Duty(DUTY_S, self._watch_ring)
-        self._duties = [
-            Duty(DUTY_S, self._check_home),
-            Duty(DUTY_S, self._check_schema),
-            Duty(DUTY_S, self._look_after_signs),
-            Duty(DUTY_S, self._check_clock),
-            Duty(DUTY_S, self._note_memory_kills),
-            self._ring_duty,
-        ]
-
-    def leave(self) -> None:
-        """Told by a signal: once to finish the job and go, twice to give it back and go."""
-        self._signals += 1
-
-    def run(self) -> None:
-        """Work until told to leave."""
-        report: tuple[Job, Outcome] | None = None
-        while True:
-            self._do_due_duties()
-            while self._hooks:
-                self._run_hook(*self._hooks.pop(0))
-            came_idle = report is None
-            job = self._keep_trying(functools.partial(self._exchange, report), matters=not came_idle)
-            report = None
-            if job:
-                if job.on_lost == "dead":  # not even a power cut may let it run twice
-                    self._keep_trying(self._store.db.sync, matters=True)
-                if came_idle or job.after:  # what has just become ready may be more than one
-                    self._wake_next()
-                report = job, self._attempt(job)
-            elif self._hooks:
-                continue
-            elif self._is_leaving() or (came_idle and self._is_drained()):
-                break
-            elif came_idle:  # otherwise claim once more first: the version is noted only then
-                self._wait()
-        self._write_gate.close()
-        if self._spool:
-            remove_file(self._spool.path)
-        self._keep_trying(functools.partial(self._store.workers.unregister, self._row.id), matters=True)
-
-    # ---- claim and record
-
-    def _exchange(self, report: tuple[Job, Outcome] | None) -> Job | None:
-        """Record what came of one job and claim the next, in one transaction."""
-        now, store = self._clock.now_ms(), self._store
-        ended: State | None = None
-        if not report:
-            self._seen = store.db.commits_seen()
-        with self._write_gate, store.db.writing():
-            if report:
-                ended = store.jobs.finish(*report, self._settings, now, chance=self._clock.chance())
-            hook = hook_for(ended, self._settings)
-            self._settings = store.config.settings()
-            is_resting = self._signals or self._is_homeless or self._is_outdated or hook
-            job = None if is_resting else store.jobs.claim(self._row.id, self._row.queues, now)
-        if report and hook:
-            self._hooks.append((report[0].id, hook))
-        if report and not ended:
-            self._log(f"the result of job {report[0].id} came too late: refused")
-        if self._clock.chance() < CHECKPOINT_CHANCE:
-            self._checkpoint()
-        return job
-
-    def _checkpoint(self) -> None:
-        with contextlib.suppress(StoreError):  # whoever is next will try again
-            self._store.db.checkpoint()
-
-    def _run_hook(self, id: str, line: str) -> None:
-        """Run the hook of a job that has ended; what goes wrong is noted, and changes nothing else."""
-        with contextlib.suppress(QueueError):  # it may have been pruned meanwhile
-            job = self._store.queries.get(id)
-            variables = {
-                "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state.value, "QUEUECTL_QUEUE": job.queue,
-                "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
-                "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
-            }  # fmt: skip
-            run_tag = run_tag_in(self._database, f"hook.{self._row.id}.{self._clock.now_ms()}")
-            document = json.dumps(job_json(job))
-            env = {**self._env, "PWD": self._home.path, **variables}
-            trouble = run_hook(line, self._home, env, document, run_tag, self._bell)
-            if trouble:
-                self._log(f"hook of job {job.id}: {trouble}")
-
-    def _keep_trying(self, action: Callable[[], _Result], matters: bool) -> _Result:
-        """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works.
-
-        Told to leave, a worker gives up; where something would be lost that matters, only when told twice.
-        """
-        while True:
-            try:
-                result = action()
-            except StoreError as error:
-                self._complain(str(error))
-                self._do_due_duties()
-                if self._signals >= (2 if matters else 1) or self._is_homeless:
-                    raise
-                self._bell.wait(1.0)
-            else:
-                self._complaint = ""
-                return result
-
-    def _complain(self, text: str) -> None:
-        if text != self._complaint:
-            self._log(text)
-        self._complaint = text
-
-    def _attempt(self, job: Job) -> Outcome:
-        """Run a job once."""
-        variables = {
-            "PWD": job.cwd, "QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts),
-            "QUEUECTL_QUEUE": job.queue,
-        }  # fmt: skip
-        if job.attempts == 1:
-            self._remove_stale_log(job)
-        self._next_poll_s = self._clock.monotonic_s() + POLL_S
-        run_tag = run_tag_in(self._database, job.run_tag)
-        supervision = Supervision(
-            self._bell, functools.partial(self._life.note, run_tag), functools.partial(self._interrupted, job),
-            self._report_left,
-        )  # fmt: skip
-        outcome = run_attempt(
-            job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})}, run_tag,
-            self._settings, supervision,
-        )  # fmt: skip
-        if outcome.end is EndReason.EXITED and outcome.signal == 9 and memory_kills() > self._memory_kills:
-            return outcome._replace(error=f"{outcome.error}; probably out of memory")
-        return outcome
-
-    def _report_left(self, left: Sequence[str]) -> None:
-        """Name the processes of the job in hand that cannot be ended."""
-        before, after = self._left, ", ".join(left)
-        if after != before:
-            with contextlib.suppress(StoreError):  # it is tried again in a second
-                self._store.workers.set_leftovers(self._row.id, after or None)
-                self._left = after
-                self._log_left(self._row.id, before, after)
-
-    def _log_left(self, worker: int, before: str, after: str) -> None:
-        if after and after != before:
-            reason = leftovers_reason(after)
-            self._log(f"the job of worker {worker} cannot end: {reason.why}; {reason.remedy}")
-
-    def _remove_stale_log(self, job: Job) -> None:
-        """Remove the log that an earlier job of this id has left, if its removal is still to come."""
-        log = self._home.log(job.id)
-        with contextlib.suppress(StoreError):
-            if is_regular(log) and not self._store.queries.history(job):
-                remove_log(log)
-
-    # ---- waiting
-
-    def _is_leaving(self) -> bool:
-        request = self._stop_request(None)
-        if not request.registered:
-            self._log("its home is gone, leaves" if self._is_homeless else "its row was removed by a peer, leaves")
-        return bool(self._signals or request.stop or not request.registered or self._is_outdated)
-
-    def _is_drained(self) -> bool:
-        with contextlib.suppress(StoreError):
-            return self._row.drain and not self._store.queues.could_run(self._row.queues)
-        return False
-
-    def _stop_request(self, job: Job | None) -> StopRequest:
-        if self._is_homeless:
-            return StopRequest(registered=False)
-        try:
-            return self._store.workers.stop_request(self._row.id, job)
-        except StoreError as error:
-            self._complain(str(error))
-            return StopRequest(registered=True)
-
-    def _interrupted(self, job: Job, rung: bool) -> EndReason | None:
-        """Why a job must end early, asked while it runs."""
-        if self._signals > 1:
-            return EndReason.GIVEN_BACK
-        if self._signals:
-            self._complain(f"told to leave: finishes job {job.id} first; told again, gives it back")
-        if not rung and self._clock.monotonic_s() < self._next_poll_s:
-            return None
-        self._next_poll_s = self._clock.monotonic_s() + POLL_S
-        self._do_due_duties()
-        request = self._stop_request(job)
-        if request.cancelling:
-            return EndReason.CANCELLED
-        return EndReason.GIVEN_BACK if request.stop == "now" or not request.registered else None
-
-    def _wait(self) -> None:
-        """Sleep until there may be something to do."""
-        try:
-            due = self._store.jobs.next_due()
-            while not (self._signals or self._is_homeless or self._is_outdated):
-                left_s = math.inf if due is None else (due - self._clock.now_ms()) / 1000
-                left_s = min(left_s, self._idle_poll_s)
-                if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._seen:
-                    return
-                self._do_due_duties()
-        except StoreError as error:
-            self._complain(str(error))
-            self._bell.wait(1.0)
-
-    def _wake_next(self) -> None:
-        """Wake one more idle worker if jobs remain."""
-        with contextlib.suppress(StoreError):
-            wake_one(self._home, self._store)
-
-    # ---- duties
-
-    def _do_due_duties(self) -> None:
-        """Do each duty that is due. One that the database refuses is tried again in its next turn."""
-        now_s = self._clock.monotonic_s()
-        if self._bell.has_news:
-            self._bell.has_news = False
-            self._ring_duty.due_s = self._next_duty_s = now_s
-        if now_s < self._next_duty_s:
-            return
-        for duty in self._duties:
-            if now_s >= duty.due_s and not self._is_homeless:  # with the bells gone all others would seem dead
-                duty.due_s = now_s + duty.every_s
-                try:
-                    duty.do()
-                except StoreError as error:
-                    self._complain(str(error))
-        self._next_duty_s = min(duty.due_s for duty in self._duties)
-
-    def _check_home(self) -> None:
-        """Notice that the home was removed or replaced."""
-        self._is_homeless = not self._home.is_there(self._database)
-
-    def _check_schema(self) -> None:
-        """Notice that a newer queuectl has brought the database up: this one no longer knows what it writes to."""
-        if not self._is_outdated and self._store.db.is_newer():
-            self._is_outdated = True
-            self._log("the queue was brought up by a newer queuectl: leaves; start a new worker")
-
-    def _look_after_signs(self) -> None:
-        """Make the signs of life anew where somebody has removed them."""
-        try:
-            self._bell.look_after()
-            self._life.look_after()
-        except OSError as error:
-            self._complain(f"cannot make its signs of life anew: {error.strerror}")
-
-    def _offset_ms(self) -> float:
-        """How far the time of day is ahead of the clock that nobody sets."""
-        return self._clock.now_ms() - self._clock.monotonic_s() * 1000
-
-    def _check_clock(self) -> None:
-        """Notice that the time of day was set back, also before this worker came, and count backoffs from now."""
-        offset_ms = self._offset_ms()
-        if offset_ms < self._clock_offset_ms - 1000:
-            self._store.jobs.restart_backoffs(self._clock.now_ms())
-            self._claim_anew()
-        self._clock_offset_ms = offset_ms
-
-    def _note_memory_kills(self) -> None:
-        """Remember how often the system ran out of memory, to tell whether it does so during a job."""
-        self._memory_kills = memory_kills()
-
-    def _watch_ring(self) -> None:
-        """Let the end of the next living worker wake this one, and recover those before it that have died.
-
-        Workers stand in a ring by their ids, so each is watched by another, and that costs the same however many
-        they are. Two more are looked at: whoever should do so may be stopped.
-        """
-        version = self._store.db.commits_seen()
-        if version != self._ring_seen:
-            self._ring, self._ring_seen = self._store.workers.ring_below(self._row.id), version
-        others = self._ring
-        self._recoveries = {worker: self._recoveries[worker] for worker, _ in others if worker in self._recoveries}
-        living, is_watching = 0, False
-        for worker, process in others:
-            if living == 3:
-                break
-            if is_alive(self._home, worker, process):
-                living += 1
-                is_watching = is_watching or self._bell.watch(process)
-            else:
-                self._recover(worker, process)
-        if not is_watching:
-            self._bell.watch(None)
-        self._idle_poll_s = min(MOST_IDLE_POLL_S, DUTY_S * (1 + len(others)))
-        if self._recoveries:  # each has its own next try
-            next_s = min(recovery.next_s for recovery in self._recoveries.values())
-            self._ring_duty.due_s = min(self._ring_duty.due_s, next_s)
-            self._idle_poll_s = min(self._idle_poll_s, max(0.0, next_s - self._clock.monotonic_s()))
-
-    def _recover(self, dead: int, process: str | None) -> None:
-        recovery = self._recoveries.setdefault(dead, Recovery(self._home, self._store, dead))
-        before = recovery.left
-        ended = recovery.attempt(process, self._settings, self._clock)
-        self._log_left(dead, before, recovery.left)
-        if ended is None:
-            return
-        for job, state in ended:
-            self._log(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
-            if hook := hook_for(state, self._settings):
-                self._hooks.append((job.id, hook))
-        del self._recoveries[dead]
-        self._claim_anew()
-        self._wake_next()  # this worker may have a job in hand
-
-    def _claim_anew(self) -> None:
-        self._seen = self._ring_seen = -1  # what we commit ourselves is no news to our connection
-
-
 class Recovery:
     """The recovery of a dead worker: tried until nothing of its job is left, and then the job may be tried again.
 
@@ -6603,6 +6256,415 @@ def wake_one(home: Home, store: Store) -> None:
     for row in store.workers.all() if queues else ():
         if row.job is None and any(map(row.takes, queues)) and ring(home, row.id):
             return
+
+
+class Conditions:
+    """What a worker depends on and nobody tells it of: its home, the schema, its signs of life, the clock."""
+
+    def __init__(
+        self, home: Home, store: Store, signs: Signs, complain: Callable[[str], None], clock: Clock
+    ) -> None:  # fmt: skip
+        self._home, self._store, self._signs, self._complain, self._clock = home, store, signs, complain, clock
+        self._database = file_identity(home.database)
+        self._clock_offset_ms = math.inf  # the first check finds backoffs that a wrong clock had begun
+        self.is_homeless = False  # the home was removed or replaced under us
+        self.is_outdated = False  # a newer queuectl has changed the schema
+        self.memory_kills = 0  # how often the system had run out of memory at the last check
+
+    @property
+    def forbid_work(self) -> bool:
+        """Is there no queue left that this worker could work for?"""
+        return self.is_homeless or self.is_outdated
+
+    def check_home(self) -> None:
+        """Notice that the home was removed or replaced."""
+        self.is_homeless = not self._home.is_there(self._database)
+
+    def check_schema(self) -> None:
+        """Notice that a newer queuectl has brought the database up: this one no longer knows what it writes to."""
+        if not self.is_outdated and self._store.db.is_newer():
+            self.is_outdated = True
+            self._complain("the queue was brought up by a newer queuectl: leaves; start a new worker")
+
+    def look_after_signs(self) -> None:
+        """Make the signs of life anew where somebody has removed them."""
+        try:
+            self._signs.bell.look_after()
+            self._signs.life.look_after()
+        except OSError as error:
+            self._complain(f"cannot make its signs of life anew: {error.strerror}")
+
+    def was_clock_set_back(self) -> bool:
+        """Was the time of day set back since the last call, or before the first?"""
+        before, self._clock_offset_ms = (
+            self._clock_offset_ms,
+            self._clock.now_ms()
+            - self._clock.monotonic_s() * 1000,  # how far it is ahead of the clock that nobody sets
+        )
+        return self._clock_offset_ms < before - 1000
+
+    def note_memory_kills(self) -> None:
+        """Remember how often the system ran out of memory, to tell whether it does so during a job."""
+        self.memory_kills = memory_kills()
+
+
+class Ring:
+    """The other workers, as one of them sees them: they stand in a ring by their ids, and each watches the next below.
+
+    So the death of each is noticed by another at once, and that costs the same however many they are.
+    """
+
+    def __init__(
+        self, home: Home, store: Store, worker: int, bell: Bell, log: Callable[[str], None], clock: Clock
+    ) -> None:  # fmt: skip
+        self._home, self._store, self._worker, self._bell, self._log = home, store, worker, bell, log
+        self._clock = clock
+        self._others: list[tuple[int, str | None]] = []  # ids and processes, from the next one below
+        self._seen = -1  # `commits_seen` when they were read
+        self._recoveries: dict[int, Recovery] = {}  # of dead workers, by their ids
+        self.idle_poll_s = DUTY_S  # how long an idle worker sleeps at most while nobody wakes it
+        self.next_try_s = math.inf  # when a recovery is to be tried again, on the clock's monotonic scale
+
+    def watch(self, settings: Settings) -> list[tuple[Job, State | None]]:
+        """Let the end of the next living worker ring the bell, and recover those before it that have died.
+
+        Two more are looked at: whoever should do so may be stopped. The jobs recovered, and what became of them.
+        """
+        version = self._store.db.commits_seen()
+        if version != self._seen:
+            self._others, self._seen = self._store.workers.ring_below(self._worker), version
+        self._recoveries = {id: self._recoveries[id] for id, _ in self._others if id in self._recoveries}
+        ended: list[tuple[Job, State | None]] = []
+        living, is_watching = 0, False
+        for id, process in self._others:
+            if living == 3:
+                break
+            if is_alive(self._home, id, process):
+                living += 1
+                is_watching = is_watching or self._bell.watch(process)
+            else:
+                ended += self._recover(id, process, settings)
+        if not is_watching:
+            self._bell.watch(None)
+        self._plan()
+        return ended
+
+    def _plan(self) -> None:
+        """Say when to look again, of its own accord: each recovery has its own next try."""
+        self.next_try_s = min((recovery.next_s for recovery in self._recoveries.values()), default=math.inf)
+        until_try_s = max(0.0, self.next_try_s - self._clock.monotonic_s())
+        self.idle_poll_s = min(MOST_IDLE_POLL_S, DUTY_S * (1 + len(self._others)), until_try_s)
+
+    def _recover(self, dead: int, process: str | None, settings: Settings) -> list[tuple[Job, State | None]]:
+        recovery = self._recoveries.setdefault(dead, Recovery(self._home, self._store, dead))
+        before = recovery.left
+        ended = recovery.attempt(process, settings, self._clock)
+        self.log_left(dead, before, recovery.left)
+        if ended is None:
+            return []
+        for job, state in ended:
+            self._log(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
+        del self._recoveries[dead]
+        self._seen = -1  # what we commit ourselves is no news to our connection
+        return ended
+
+    def log_left(self, worker: int, before: str, after: str) -> None:
+        """Note what cannot be ended of a worker's job, where that is news."""
+        if after and after != before:
+            reason = leftovers_reason(after)
+            self._log(f"the job of worker {worker} cannot end: {reason.why}; {reason.remedy}")
+
+
+class Hooks:
+    """The hooks that a worker is to run for jobs that have ended, after it has recorded how."""
+
+    def __init__(
+        self, home: Home, store: Store, worker: int, env: Mapping[str, str], bell: Bell, log: Callable[[str], None]
+    ) -> None:  # fmt: skip
+        self._home, self._store, self._worker, self._env, self._bell, self._log = home, store, worker, env, bell, log
+        self.waiting: list[tuple[str, str]] = []  # ids of jobs, and the line to run for each
+
+    def run(self) -> None:
+        """Run those that wait."""
+        while self.waiting:
+            self._run_one(*self.waiting.pop(0))
+
+    def _run_one(self, id: str, line: str) -> None:
+        """Run a hook; what goes wrong is noted, and changes nothing else."""
+        with contextlib.suppress(QueueError):  # the job may have been pruned meanwhile
+            job = self._store.queries.get(id)
+            variables = {
+                "PWD": self._home.path,
+                "QUEUECTL_JOB_ID": job.id, "QUEUECTL_STATE": job.state.value, "QUEUECTL_QUEUE": job.queue,
+                "QUEUECTL_ATTEMPT": str(job.attempts), "QUEUECTL_ERROR": printable(job.error or ""),
+                "QUEUECTL_EXIT_CODE": "" if job.exit_code is None else str(job.exit_code),
+            }  # fmt: skip
+            run_tag = run_tag_in(file_identity(self._home.database), f"hook.{self._worker}.{time.time_ns()}")
+            document = json.dumps(job_json(job))
+            trouble = run_hook(line, self._home, {**self._env, **variables}, document, run_tag, self._bell)
+            if trouble:
+                self._log(f"hook of job {job.id}: {trouble}")
+
+
+class Duty:
+    """Something that a worker does now and then, whatever else it is at."""
+
+    def __init__(self, every_s: float, do: Callable[[], None]) -> None:
+        self.every_s, self.do = every_s, do
+        self.due_s = 0.0  # on the clock's monotonic scale: at once
+
+
+class Worker:
+    """One worker: it claims a job, runs it, records what came of it, and begins again.
+
+    Workers are equal peers. Each looks after the jobs of those that died.
+    """
+
+    def __init__(self, home: Home, store: Store, row: WorkerRow, signs: Signs, log: Callable[[str], None],
+                 clock: Clock) -> None:  # fmt: skip
+        self._home, self._store, self._row, self._log, self._clock = home, store, row, log, clock
+        self._bell, self._life = signs
+        self._settings = Settings()
+        self._signals = 0  # how often it was told by a signal to leave
+        self._env = {
+            **inherited_environment(),
+            "QUEUECTL_HOME": home.path,
+            "QUEUECTL_SLOT": str(row.slot),
+        }
+        self._hooks = Hooks(home, store, row.id, self._env, self._bell, log)
+        self._spool = Spool(home.spool(row.id), row.slot <= WATCHED_SLOTS) if CAN_TELL_WHO_OPENS else None
+        self._write_gate = WriteGate(home)
+        self._database = file_identity(home.database)
+        self._conditions = Conditions(home, store, signs, self._complain, clock)
+        self._ring = Ring(home, store, row.id, self._bell, log, clock)
+        self._seen = -1  # `commits_seen` when the last claim began
+        self._next_poll_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
+        self._left = ""  # processes of the job in hand that cannot be ended
+        self._complaint = ""
+        self._ring_duty = Duty(DUTY_S, self._watch_ring)
+        self._duties = [
+            Duty(DUTY_S, self._conditions.check_home),
+            Duty(DUTY_S, self._conditions.check_schema),
+            Duty(DUTY_S, self._conditions.look_after_signs),
+            Duty(DUTY_S, self._check_clock),
+            Duty(DUTY_S, self._conditions.note_memory_kills),
+            self._ring_duty,
+        ]
+
+    def leave(self) -> None:
+        """Told by a signal: once to finish the job and go, twice to give it back and go."""
+        self._signals += 1
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        report: tuple[Job, Outcome] | None = None
+        while True:
+            self._do_due_duties()
+            self._hooks.run()
+            came_idle = report is None
+            job = self._keep_trying(functools.partial(self._exchange, report), matters=not came_idle)
+            report = None
+            if job:
+                if job.on_lost == "dead":  # not even a power cut may let it run twice
+                    self._keep_trying(self._store.db.sync, matters=True)
+                if came_idle or job.after:  # what has just become ready may be more than one
+                    self._wake_next()
+                report = job, self._attempt(job)
+            elif self._hooks.waiting:
+                continue
+            elif self._is_leaving() or (came_idle and self._is_drained()):
+                break
+            elif came_idle:  # otherwise claim once more first: the version is noted only then
+                self._wait()
+        self._write_gate.close()
+        if self._spool:
+            remove_file(self._spool.path)
+        self._keep_trying(functools.partial(self._store.workers.unregister, self._row.id), matters=True)
+
+    # ---- claim and record
+
+    def _exchange(self, report: tuple[Job, Outcome] | None) -> Job | None:
+        """Record what came of one job and claim the next, in one transaction."""
+        now, store = self._clock.now_ms(), self._store
+        ended: State | None = None
+        if not report:
+            self._seen = store.db.commits_seen()
+        with self._write_gate, store.db.writing():
+            if report:
+                ended = store.jobs.finish(*report, self._settings, now, chance=self._clock.chance())
+            hook = hook_for(ended, self._settings)
+            self._settings = store.config.settings()
+            is_resting = self._signals or self._conditions.forbid_work or hook
+            job = None if is_resting else store.jobs.claim(self._row.id, self._row.queues, now)
+        if report and hook:
+            self._hooks.waiting.append((report[0].id, hook))
+        if report and not ended:
+            self._log(f"the result of job {report[0].id} came too late: refused")
+        if self._clock.chance() < CHECKPOINT_CHANCE:
+            self._checkpoint()
+        return job
+
+    def _checkpoint(self) -> None:
+        with contextlib.suppress(StoreError):  # whoever is next will try again
+            self._store.db.checkpoint()
+
+    def _keep_trying(self, action: Callable[[], _Result], matters: bool) -> _Result:
+        """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works.
+
+        Told to leave, a worker gives up; where something would be lost that matters, only when told twice.
+        """
+        while True:
+            try:
+                result = action()
+            except StoreError as error:
+                self._complain(str(error))
+                self._do_due_duties()
+                if self._signals >= (2 if matters else 1) or self._conditions.is_homeless:
+                    raise
+                self._bell.wait(1.0)
+            else:
+                self._complaint = ""
+                return result
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            self._log(text)
+        self._complaint = text
+
+    def _attempt(self, job: Job) -> Outcome:
+        """Run a job once."""
+        variables = {
+            "PWD": job.cwd, "QUEUECTL_JOB_ID": job.id, "QUEUECTL_ATTEMPT": str(job.attempts),
+            "QUEUECTL_QUEUE": job.queue,
+        }  # fmt: skip
+        if job.attempts == 1:
+            self._remove_stale_log(job)
+        self._next_poll_s = self._clock.monotonic_s() + POLL_S
+        run_tag = run_tag_in(self._database, job.run_tag)
+        supervision = Supervision(
+            self._bell, functools.partial(self._life.note, run_tag), functools.partial(self._interrupted, job),
+            self._report_left,
+        )  # fmt: skip
+        outcome = run_attempt(
+            job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})}, run_tag,
+            self._settings, supervision,
+        )  # fmt: skip
+        if outcome.end is EndReason.EXITED and outcome.signal == 9 and memory_kills() > self._conditions.memory_kills:
+            return outcome._replace(error=f"{outcome.error}; probably out of memory")
+        return outcome
+
+    def _report_left(self, left: Sequence[str]) -> None:
+        """Name the processes of the job in hand that cannot be ended."""
+        before, after = self._left, ", ".join(left)
+        if after != before:
+            with contextlib.suppress(StoreError):  # it is tried again in a second
+                self._store.workers.set_leftovers(self._row.id, after or None)
+                self._left = after
+                self._ring.log_left(self._row.id, before, after)
+
+    def _remove_stale_log(self, job: Job) -> None:
+        """Remove the log that an earlier job of this id has left, if its removal is still to come."""
+        log = self._home.log(job.id)
+        with contextlib.suppress(StoreError):
+            if is_regular(log) and not self._store.queries.history(job):
+                remove_log(log)
+
+    # ---- waiting
+
+    def _is_leaving(self) -> bool:
+        request = self._stop_request(None)
+        if not request.registered:
+            self._log(
+                "its home is gone, leaves" if self._conditions.is_homeless else "its row was removed by a peer, leaves"
+            )
+        return bool(self._signals or request.stop or not request.registered or self._conditions.is_outdated)
+
+    def _is_drained(self) -> bool:
+        with contextlib.suppress(StoreError):
+            return self._row.drain and not self._store.queues.could_run(self._row.queues)
+        return False
+
+    def _stop_request(self, job: Job | None) -> StopRequest:
+        if self._conditions.is_homeless:
+            return StopRequest(registered=False)
+        try:
+            return self._store.workers.stop_request(self._row.id, job)
+        except StoreError as error:
+            self._complain(str(error))
+            return StopRequest(registered=True)
+
+    def _interrupted(self, job: Job, rung: bool) -> EndReason | None:
+        """Why a job must end early, asked while it runs."""
+        if self._signals > 1:
+            return EndReason.GIVEN_BACK
+        if self._signals:
+            self._complain(f"told to leave: finishes job {job.id} first; told again, gives it back")
+        if not rung and self._clock.monotonic_s() < self._next_poll_s:
+            return None
+        self._next_poll_s = self._clock.monotonic_s() + POLL_S
+        self._do_due_duties()
+        request = self._stop_request(job)
+        if request.cancelling:
+            return EndReason.CANCELLED
+        return EndReason.GIVEN_BACK if request.stop == "now" or not request.registered else None
+
+    def _wait(self) -> None:
+        """Sleep until there may be something to do."""
+        try:
+            due = self._store.jobs.next_due()
+            while not (self._signals or self._conditions.forbid_work):
+                left_s = math.inf if due is None else (due - self._clock.now_ms()) / 1000
+                left_s = min(left_s, self._ring.idle_poll_s)
+                if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._seen:
+                    return
+                self._do_due_duties()
+        except StoreError as error:
+            self._complain(str(error))
+            self._bell.wait(1.0)
+
+    def _wake_next(self) -> None:
+        """Wake one more idle worker if jobs remain."""
+        with contextlib.suppress(StoreError):
+            wake_one(self._home, self._store)
+
+    # ---- duties
+
+    def _do_due_duties(self) -> None:
+        """Do each duty that is due. One that the database refuses is tried again in its next turn."""
+        now_s = self._clock.monotonic_s()
+        if self._bell.has_news:
+            self._bell.has_news = False
+            self._ring_duty.due_s = self._next_duty_s = now_s
+        if now_s < self._next_duty_s:
+            return
+        for duty in self._duties:
+            if (
+                now_s >= duty.due_s and not self._conditions.is_homeless
+            ):  # with the bells gone all others would seem dead
+                duty.due_s = now_s + duty.every_s
+                try:
+                    duty.do()
+                except StoreError as error:
+                    self._complain(str(error))
+        self._next_duty_s = min(duty.due_s for duty in self._duties)
+
+    def _check_clock(self) -> None:
+        if self._conditions.was_clock_set_back():
+            self._store.jobs.restart_backoffs(self._clock.now_ms())
+            self._claim_anew()
+
+    def _watch_ring(self) -> None:
+        ended = self._ring.watch(self._settings)
+        self._ring_duty.due_s = min(self._ring_duty.due_s, self._ring.next_try_s)
+        for job, state in ended:
+            if hook := hook_for(state, self._settings):
+                self._hooks.waiting.append((job.id, hook))
+        if ended:
+            self._claim_anew()
+            self._wake_next()  # this worker may have a job in hand
+
+    def _claim_anew(self) -> None:
+        self._seen = -1  # what we commit ourselves is no news to our connection
 
 
 # ======================================================================== control

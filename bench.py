@@ -75,7 +75,7 @@ class Row(NamedTuple):
     note: str = ""
 
     @property
-    def verdict(self) -> str:
+    def rating(self) -> str:
         """`ok`, `short`, or nothing where there is no goal or no number."""
         if self.goal is None or self.ours is None:
             return ""
@@ -84,11 +84,11 @@ class Row(NamedTuple):
     def cells(self) -> list[str]:
         """What the table shows of it."""
         numbers = [_short(self.ours), _short(self.baseline), "-" if self.ratio is None else f"{self.ratio:.2f}"]
-        return [self.figure, *numbers, self.unit, str(self.goal or "-"), self.verdict, self.note]
+        return [self.figure, *numbers, self.unit, str(self.goal or "-"), self.rating, self.note]
 
     def document(self) -> dict[str, Any]:
         """What the JSON holds of it."""
-        return {**self._asdict(), "goal": str(self.goal) if self.goal else None, "verdict": self.verdict or None}
+        return {**self._asdict(), "goal": str(self.goal) if self.goal else None, "rating": self.rating or None}
 
 
 def _short(number: float | None) -> str:

@@ -1508,32 +1508,32 @@ class Reason(NamedTuple):
     remedy: str | None = None
 
 
-def why_not_running(job: Job, obstacles: WaitReasons, now: int) -> Reason:
+def why_not_running(job: Job, reasons: WaitReasons, now: int) -> Reason:
     """Why a waiting job does not run, or that the worker of a running one is gone. A dead job has only a remedy."""
     if job.state is State.DEAD:
-        return Reason(None, remedy_of_dead(job, obstacles))
-    if job.state is State.PROCESSING and all(row.id != job.worker for row in obstacles.workers):
-        return Reason("its worker is gone", None if obstacles.workers else "queuectl worker start")
+        return Reason(None, remedy_of_dead(job, reasons))
+    if job.state is State.PROCESSING and all(row.id != job.worker for row in reasons.workers):
+        return Reason("its worker is gone", None if reasons.workers else "queuectl worker start")
     if job.state not in WAITING:
         return Reason()
     if job.hold:
         return Reason("on hold", f"queuectl release {job.id}")
-    if obstacles.parents:
-        return Reason("after " + ", ".join(obstacles.parents), f"queuectl show {obstacles.parents[0]}")
+    if reasons.parents:
+        return Reason("after " + ", ".join(reasons.parents), f"queuectl show {reasons.parents[0]}")
     if job.due_at is not None and job.due_at > now:
         what = "retry due" if job.state is State.FAILED else "due"
-        cut_s = obstacles.timed_out_after_s
+        cut_s = reasons.timed_out_after_s
         more_time = f"queuectl edit {job.id} --timeout {longer(cut_s)}" if cut_s else None
         return Reason(f"{what} in {duration(math.ceil((job.due_at - now) / 1000))}", more_time)
-    if obstacles.paused:
+    if reasons.paused:
         return Reason(f"queue {job.queue} paused", f"queuectl queue resume {job.queue}")
-    if obstacles.max_running is not None and obstacles.running >= obstacles.max_running:
+    if reasons.max_running is not None and reasons.running >= reasons.max_running:
         return Reason(
-            f"queue {job.queue} at its limit of {obstacles.max_running}", f"queuectl queue limit {job.queue} none"
+            f"queue {job.queue} at its limit of {reasons.max_running}", f"queuectl queue limit {job.queue} none"
         )
-    if all(row.stop for row in obstacles.workers):
-        return Reason(nobody_works(obstacles.workers), "queuectl worker start")
-    if not any(row.takes(job.queue) for row in obstacles.workers):
+    if all(row.stop for row in reasons.workers):
+        return Reason(nobody_works(reasons.workers), "queuectl worker start")
+    if not any(row.takes(job.queue) for row in reasons.workers):
         return Reason(f"no worker takes queue {job.queue}", f"queuectl worker start --queue {job.queue}")
     return Reason("waiting for a free worker")
 
@@ -1555,16 +1555,16 @@ def leftovers_reason(leftovers: str) -> Reason:
 MOST_NAMED = 10  # jobs that one remedy names
 
 
-def remedy_of_dead(job: Job, obstacles: WaitReasons) -> str | None:
+def remedy_of_dead(job: Job, reasons: WaitReasons) -> str | None:
     """The command that brings a dead job back: of what it waited for, the first that ended is to be tried again."""
-    if obstacles.key_holder:
-        return f"queuectl wait {obstacles.key_holder}"
-    ids, is_any_cancelled, orphan = obstacles.revival if job.blockers else Revival([job.id])
+    if reasons.key_holder:
+        return f"queuectl wait {reasons.key_holder}"
+    ids, is_any_cancelled, orphan = reasons.revival if job.blockers else Revival([job.id])
     if orphan:
         return f"queuectl dlq retry {orphan} --clear after"
     if len(ids) > MOST_NAMED and not is_any_cancelled:
         return "queuectl dlq retry --all"
-    more_time = f" --timeout {longer(obstacles.timed_out_after_s)}" if obstacles.timed_out_after_s else ""
+    more_time = f" --timeout {longer(reasons.timed_out_after_s)}" if reasons.timed_out_after_s else ""
     return f"queuectl {'rerun' if is_any_cancelled else 'dlq retry'} {' '.join(ids)}{more_time}" if ids else None
 
 
@@ -1589,10 +1589,10 @@ def job_rows(jobs: Sequence[Job], found: Sequence[WaitReasons], now: int) -> lis
     return [
         [
             job.id, job.state.value, job.queue, str(job.priority), str(job.attempts), ago(job.updated_at, now),
-            gist(why_not_running(job, obstacles, now).why or (job.state is State.DEAD and job_error(job)) or "-"),
+            gist(why_not_running(job, reasons, now).why or (job.state is State.DEAD and job_error(job)) or "-"),
             printable(command_line(job.command)),
         ]
-        for job, obstacles in zip(jobs, found, strict=True)
+        for job, reasons in zip(jobs, found, strict=True)
     ]  # fmt: skip
 
 
@@ -3442,8 +3442,8 @@ class Changes:
         if not self._is_key_free(job, spec):
             return f"job {job.id} cannot be {verb}: another of key {spec.get('key', job.key)!r} has not ended"
         if job.failed_parent and self._db.one("SELECT 1 FROM jobs WHERE seq = :seq", seq=job.failed_parent):
-            obstacles = WaitReasons([], False, None, 0, [], self._queries.revival(job))
-            remedy = remedy_of_dead(job, obstacles)
+            reasons = WaitReasons([], False, None, 0, [], self._queries.revival(job))
+            remedy = remedy_of_dead(job, reasons)
             return f"job {job.id} {job.error}: it cannot be {verb} before that; first: {remedy}"
         return f"job {job.id} waits for a job that was removed: it can be {verb} with --clear after"
 
@@ -7063,8 +7063,8 @@ def reason_of(home: Home, store: Store, job: Job) -> Reason:
         if row.leftovers and row.job == job.id:
             return leftovers_reason(row.leftovers)
     living, queues = living_workers(home, store), store.queues.all()
-    [obstacles] = store.queries.wait_reasons([job], living, queues, store.config.settings())
-    return why_not_running(job, obstacles, now_ms())
+    [reasons] = store.queries.wait_reasons([job], living, queues, store.config.settings())
+    return why_not_running(job, reasons, now_ms())
 
 
 def pid_of(home: Home, job: Job) -> int | None:

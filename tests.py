@@ -1099,7 +1099,7 @@ def test_template_line_refuses_a_place_where_nothing_can_be_quoted() -> None:
 
 
 def test_template_line_takes_the_places_that_are_certain() -> None:
-    """Variables, substitutions outside of quotes, pipes, loops and words beside quotes are no obstacle."""
+    """Variables, substitutions outside of quotes, pipes, loops and words beside quotes are no hindrance."""
     for line, wanted in (
         ("x=$(basename {} .wav) && echo \"$x\"", "x=$(basename 'a b' .wav) && echo \"$x\""),
         ("for f in {} \"$HOME\"/*; do wc -l <$f; done", "for f in 'a b' \"$HOME\"/*; do wc -l <$f; done"),
@@ -1287,8 +1287,8 @@ def test_decide_completes_on_zero_and_ok_codes() -> None:
 
 def test_decide_fails_until_the_retries_are_used_up() -> None:
     """Attempt n of at most 1 + max_retries fails and waits base ** n; the last is dead."""
-    verdicts = [q.decide(a_job(attempts=n), exited(1), q.Settings(max_retries=2), 1000, 0) for n in (1, 2, 3)]
-    same(verdicts, [(q.State.FAILED, 1, 3000), (q.State.FAILED, 2, 5000), (q.State.DEAD, 3, None)])
+    results = [q.decide(a_job(attempts=n), exited(1), q.Settings(max_retries=2), 1000, 0) for n in (1, 2, 3)]
+    same(results, [(q.State.FAILED, 1, 3000), (q.State.FAILED, 2, 5000), (q.State.DEAD, 3, None)])
     same(q.decide(a_job(attempts=1, max_retries=0), exited(1), q.Settings(), 0, 0).state, q.State.DEAD)
     for end in (q.EndReason.TIMED_OUT, q.EndReason.NOT_STARTED):
         same(q.decide(a_job(attempts=1), q.Outcome(end), q.Settings(), 0, 0), (q.State.FAILED, 1, 2000))
@@ -1345,7 +1345,7 @@ def test_leftovers_reason_advises_to_kill_only_what_has_an_id() -> None:
 
 
 def test_why_waiting_names_every_reason() -> None:
-    """What keeps a job from running is named, the nearest obstacle first, with the command that helps."""
+    """What keeps a job from running is named, the nearest hindrance first, with the command that helps."""
     here = q.WaitReasons([], False, None, 0, [a_worker()])
     job = a_job()
     cases = [
@@ -1461,7 +1461,7 @@ def test_roff_leaves_no_character_a_meaning() -> None:
 
 
 def every_obstacle(home: Home) -> dict[str, str]:
-    """A queue with each obstacle that a view can name: the job that has it, and what of it is to be gone."""
+    """A queue with each hindrance that a view can name: the job that has it, and what of it is to be gone."""
     worker = home.worker_row()
 
     def ended(id: str, outcome: q.Outcome, **fields: Any) -> None:
@@ -1509,7 +1509,7 @@ def knows(words: Sequence[str]) -> bool:
 
 
 def test_remedies_that_show_prints_do_what_they_say(home: Home) -> None:
-    """The command that `show` names is run in that very state: it exits 0, and the obstacle is gone."""
+    """The command that `show` names is run in that very state: it exits 0, and the hindrance is gone."""
     for id, sign in every_obstacle(home).items():
         reason = q.reason_of(home.home, home.store, home.job(id))
         shown = "".join(line for line in home.out("show", id).splitlines(True) if line.startswith(("state", "try")))
@@ -1575,7 +1575,7 @@ def test_remedies_for_parents_that_cannot_be_retried_are_others(home: Home) -> N
 
 
 def test_status_proposes_a_longer_timeout_only_where_that_helps(home: Home) -> None:
-    """A time-out that has been raised is no obstacle any more, and none is proposed that is not longer."""
+    """A time-out that has been raised is no hindrance any more, and none is proposed that is not longer."""
     every_obstacle(home)
     home.run("config", "set", "job_timeout", "45")
     assert "1 cut off by the default time-out; raise it: queuectl config set job_timeout 10m" in home.out("status")
@@ -2048,7 +2048,7 @@ def test_disk_full_refuses_a_change_in_one_line(home: Home) -> None:
 
 
 def test_store_says_in_one_line_that_another_program_holds_it(home: Home) -> None:
-    """Where the database is held for longer than the patience, nothing is stored and nobody reads `locked`."""
+    """Where the database is held for longer than the busy timeout, nothing is stored and nobody reads `locked`."""
     home.add(id="a")
     with contextlib.closing(sqlite3.connect(home.home.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -4669,8 +4669,8 @@ def test_worker_that_is_stopped_is_not_dead(home: Home) -> None:
 
 
 @posix
-def test_worker_that_buries_late_harms_nobody(home: Home) -> None:
-    """A worker that was held up while it buried another does no harm to the attempt that came since."""
+def test_worker_that_recovers_late_harms_nobody(home: Home) -> None:
+    """A worker that was held up while it recovered another does no harm to the attempt that came since."""
     id = home.add("echo s$QUEUECTL_ATTEMPT >> account; " + waits_for("go") + "; echo e$QUEUECTL_ATTEMPT >> account")
     killed(child(home, "q.run_attempt = die" + SERVE))
     late = """
@@ -5060,7 +5060,7 @@ def test_chaos_loses_nothing_and_runs_nothing_twice(home: Home) -> None:
     chaos.rage()
     home.start(3)
     home.run("wait")
-    until(lambda: len(home.store.workers.all()) == len(living(home)), "the dead are buried")
+    until(lambda: len(home.store.workers.all()) == len(living(home)), "the dead are recovered")
     jobs = home.store.queries.jobs()
     assert chaos.printed() <= {job.id for job in jobs}
     for job in jobs:
@@ -6264,7 +6264,7 @@ def test_backup_is_whole_and_can_be_restored(home: Home) -> None:
     home.run("backup", "--restore", "copy.db")
     same([job.id for job in home.store.queries.jobs()], ["a"])
     home.start()
-    # No id is used twice, though the copy knows of one alone; that one is dead, and is buried.
+    # No id is used twice, though the copy knows of one alone; that one is dead, and is recovered.
     until(lambda: [row.id for row in home.store.workers.all()] == [3])
     home.run("worker", "stop")
     (home.work / "bad.db").write_bytes(b"not a database" * 1000)
@@ -7730,6 +7730,32 @@ def test_docs_only_some_sections_know_the_system() -> None:
     same(asked, ['if sys.platform == "win32":'])
 
 
+RETIRED = (
+    "bury|buries|buried|burial|tends?|tended|patience|dooms?|doomed|verdicts?|judge|obstacles?|lookout|see_through|"
+    "cut_off|say_aside|worker_voice|LOOK_S|TEND_S|Turn|Obstacles|Orders|Lookout|Verdict"
+)
+
+
+def test_docs_no_retired_word_comes_back() -> None:
+    """The field's words stand in code, tests and documents, and not those of ours that they replaced."""
+    found = []
+    for name in ("queuectl.py", "tests.py", "bench.py", "design.md", "README.md", "docs/manual.md", "CHANGELOG.md"):
+        text = document(name)
+        if name == "tests.py":
+            text = text.partition("RETIRED = (")[0] + text.partition("def test_docs_no_retired_word")[2]
+        for number, line in enumerate(text.splitlines(), 1):
+            found += [(name, number, word) for word in re.findall(rf"(?<![\w-])(?:{RETIRED})(?![\w-])", line)]
+    same(found, [])
+
+
+def test_docs_some_sections_are_pure() -> None:
+    """What turns values into words and rules into decisions asks neither the clock nor the disk nor the database."""
+    pure = {"text", "model", "fields", "templates", "settings", "views"}
+    impure = {"time", "os", "sqlite3", "click", "signal", "subprocess", "Store", "Database", "Home"}
+    found = {(section_of(node.lineno), name) for node in ast.parse(SOURCE).body for name in names_used(node) & impure}
+    same({(section, name) for section, name in found if section in pure}, set())
+
+
 def test_docs_both_halves_of_the_platform_define_the_same() -> None:
     """Windows and POSIX define the same names with the same parameters in the same order, under the same banners."""
     halves = next(n for n in ast.parse(SOURCE).body if isinstance(n, ast.If) and "sys.platform" in ast.unparse(n.test))
@@ -7842,11 +7868,11 @@ def test_decide_never_runs_a_job_more_than_one_plus_max_retries_times() -> None:
         job = a_job(max_retries=retries, backoff_base=base)
         for end in outcomes:
             job = job._replace(attempts=job.attempts + 1)
-            verdict = q.decide(job, q.Outcome(end, 1 if end is q.EndReason.EXITED else None), q.Settings(), 0, 0.5)
-            if verdict.state is q.State.DEAD:
+            result = q.decide(job, q.Outcome(end, 1 if end is q.EndReason.EXITED else None), q.Settings(), 0, 0.5)
+            if result.state is q.State.DEAD:
                 break
             if end is not q.EndReason.LOST:
-                same(verdict.due_at, round(base**job.attempts * 1000))
+                same(result.due_at, round(base**job.attempts * 1000))
         same(job.attempts, 1 + retries)
 
     check()
@@ -7985,7 +8011,7 @@ class Model:
             found |= new
         return found
 
-    def doom(self, parent: Known, now: int) -> None:
+    def fail_dependents(self, parent: Known, now: int) -> None:
         """What waits for a job that never completes is dead."""
         for seq in self.below(parent.seq) - {parent.seq}:
             if (job := self.jobs[seq]).state in q.WAITING:
@@ -8001,7 +8027,7 @@ class Model:
             parents.append(parent)
         for parent in parents:
             if parent.state in (q.State.DEAD, q.State.CANCELLED):
-                self.doom(parent, now)
+                self.fail_dependents(parent, now)
 
     def enqueue(self, batch: list[dict[str, Any]], skip: bool, now: int) -> list[tuple[str, bool]]:
         """Take jobs in; their ids, and whether they are new."""
@@ -8070,7 +8096,7 @@ class Model:
         job.cancelling = False
         job.ended_at = now if job.state in q.ENDED else None
         if job.state in (q.State.DEAD, q.State.CANCELLED):
-            self.doom(job, now)
+            self.fail_dependents(job, now)
 
     def set_fields(self, job: Known, spec: dict[str, Any], now: int) -> None:
         """Change fields of a job that is not under way."""
@@ -8120,7 +8146,7 @@ class Model:
         waited_for = {seq for job in self.jobs.values() if job.state in q.WAITING for seq in job.parents}
         for seq in sorted(waited_for & set(self.jobs)):
             if self.jobs[seq].state in q.HOPELESS:
-                self.doom(self.jobs[seq], now)
+                self.fail_dependents(self.jobs[seq], now)
 
     def cancel(self, jobs: list[Known], now: int) -> None:
         """Tell what runs to end, and end what waits with everything below it."""
@@ -8130,7 +8156,7 @@ class Model:
         for job in waiting:
             job.state, job.ended_at = q.State.CANCELLED, now
         for job in waiting:  # only now: what was to be cancelled is not dead
-            self.doom(job, now)
+            self.fail_dependents(job, now)
 
     def row_of(self, job: Known) -> tuple[Any, ...]:
         """What is compared of a job."""
@@ -8456,20 +8482,20 @@ def run_test(name: str, test: Test) -> tuple[str, str]:
     """Run one test, print its line, and say how it ended."""
     began = time.monotonic()
     home = Home() if "home" in inspect.signature(test).parameters else None
-    verdict, note = "ok", ""
+    result, note = "ok", ""
     try:
         test(*[home] if home else [])
     except Skip as reason:
-        verdict, note = "skipped", f"\n        {reason}"
+        result, note = "skipped", f"\n        {reason}"
     except BaseException:
-        verdict, note = "FAILED", "\n" + traceback.format_exc()
+        result, note = "FAILED", "\n" + traceback.format_exc()
     finally:
         if home:
             home.close()
     sentence = inspect.getdoc(test) or "says nothing"
-    line = f"{verdict:7} {name}: {sentence} {time.monotonic() - began:.1f} s{note}"
+    line = f"{result:7} {name}: {sentence} {time.monotonic() - began:.1f} s{note}"
     print(line.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding), flush=True)
-    return name, verdict
+    return name, result
 
 
 def run_tests(tests: dict[str, Test]) -> dict[str, str]:
@@ -8559,13 +8585,13 @@ def main(words: list[str]) -> int:
 
 def report(ended: dict[str, str], elsewhere: int) -> int:
     """Sum up how the tests ended; the exit code."""
-    verdicts = collections.Counter(ended.values())
-    for name, verdict in ended.items():
-        if verdict == "FAILED":
+    results = collections.Counter(ended.values())
+    for name, result in ended.items():
+        if result == "FAILED":
             print(f"FAILED {name}")
-    print(f"{elsewhere} not for this system, {verdicts['skipped']} skipped")
-    print(f"{verdicts['ok']} passed, {verdicts['FAILED']} failed")
-    return 1 if verdicts["FAILED"] else 0
+    print(f"{elsewhere} not for this system, {results['skipped']} skipped")
+    print(f"{results['ok']} passed, {results['FAILED']} failed")
+    return 1 if results["FAILED"] else 0
 
 
 # -- its own tests

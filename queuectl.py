@@ -6087,6 +6087,7 @@ class Supervision(NamedTuple):
     started: Callable[[Command], object]
     interrupted: Callable[[bool], EndReason | None]  # why it must end early; hears whether the bell has rung
     report_left: Callable[[list[str]], object]  # the processes that cannot be ended, until there are none
+    clock: Clock
 
 
 def run_attempt(
@@ -6128,13 +6129,13 @@ def _watch(process: Process, log: JobLog, settings: Settings, supervision: Super
     """Wait for a command's end, and bring it about where it must come early."""
     left_s = settings.job_timeout or math.inf
     poll_s = LIMITED_POLL_S if settings.log_max_bytes else POLL_S
-    deadline = time.monotonic() + left_s
+    deadline = supervision.clock.monotonic_s() + left_s
     while True:
         rung = supervision.bell.wait(min(poll_s, left_s), process)
         if exit := process.poll():
             return EndReason.EXITED, exit
         log.look_after()
-        left_s = deadline - time.monotonic()
+        left_s = deadline - supervision.clock.monotonic_s()
         if why := EndReason.TIMED_OUT if left_s <= 0 else supervision.interrupted(rung):
             return why, _end_whole(process, log, settings, supervision)
 
@@ -6543,7 +6544,7 @@ class Worker:
         run_tag = run_tag_in(self._database, job.run_tag)
         supervision = Supervision(
             self._bell, functools.partial(self._life.note, run_tag), functools.partial(self._interrupted, job),
-            self._report_left,
+            self._report_left, self._clock,
         )  # fmt: skip
         outcome = run_attempt(
             job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})}, run_tag,

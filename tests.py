@@ -6067,7 +6067,8 @@ def test_cwd_is_expanded_and_checked_when_it_is_given(home: Home) -> None:
         same((ran.err.count("\n"), problem in ran.err, str(home.work / cwd) in ran.err), (1, True, True))
     many = "\n".join(json.dumps({"command": "x", "cwd": "gone"}) for _ in range(3))
     same(home.run("enqueue", "-", stdin=many).err.count("\n"), 1)
-    assert "no home directory" in home.fails("enqueue", "--cwd=~no-such-user/x", "--", "x", code=2)
+    if not WINDOWS:  # there every name beside one's own is taken for that of a user
+        assert "no home directory" in home.fails("enqueue", "--cwd=~no-such-user/x", "--", "x", code=2)
 
 
 @posix

@@ -3830,12 +3830,12 @@ def open_store(path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bo
 
 # ======================================================================== platform
 
-RUN_TAG = "QUEUECTL_RUN"  # the variable that holds the run tag: the attempt that a process belongs to
-NO_ATTEMPT = "worker"  # its value in a worker that was started from within a job
+RUN_TAG = "QUEUECTL_RUN"  # the environment variable with the run tag: it names the attempt of a process
+NO_ATTEMPT = "worker"  # the run tag of a worker that a job has started
 
 
 class Exit(NamedTuple):
-    """How a process ended: by an exit code or a signal, and what it cost where the system tells."""
+    """How a process ended: its exit code or signal, and its resource usage where the system reports it."""
 
     exit_code: int | None
     signal: int | None
@@ -3844,13 +3844,13 @@ class Exit(NamedTuple):
 
 
 def file_identity(path: str) -> tuple[int, int]:
-    """What stays the same of a file, whatever is written to it."""
+    """Return the device and inode of a file; no write to it changes them."""
     found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
 class Command(NamedTuple):
-    """A command that was started: its process id, and the moments between which that happened, in the system's unit."""
+    """A started command: its process id, and the times just before and after its start in the system's unit."""
 
     pid: int
     since: int
@@ -3864,45 +3864,46 @@ class Home(NamedTuple):
 
     @property
     def database(self) -> str:
-        """The one place where the truth is."""
+        """Return the path of the database, which alone holds the state of the queue."""
         return os.path.join(self.path, "queue.db")
 
     @property
     def worker_log(self) -> str:
-        """What workers have to say."""
+        """Return the path of the workers' own log."""
         return os.path.join(self.path, "worker.log")
 
     @property
     def logs(self) -> str:
-        """The folder of the jobs' logs."""
+        """Return the directory of the job logs."""
         return os.path.join(self.path, "job_logs")
 
     @property
     def bells(self) -> str:
-        """The folder of what the running workers need: their bells, and their signs of life."""
+        """Return the directory of the running workers' bells and life files."""
         return os.path.join(self.path, "bells")
 
     def log(self, job: str) -> str:
-        """The file that takes a job's output."""
+        """Return the path of a job's log."""
         return f"{self.logs}{os.sep}{job}.log"
 
     def spool(self, worker: int) -> str:
-        """What a worker's job has written until its log is made: a name that no job can have.
+        """Return the path of a worker's spool: it takes the output of a job until the job has a log.
 
-        Nor a worker of a queue that takes the place of this one: its database is another file.
+        No job log can have this name. It contains the inode of the database, so a worker of a queue that replaces
+        this one has another spool.
         """
         return os.path.join(self.logs, f".{worker}-{file_identity(self.database)[1]}")
 
     def bell(self, worker: int) -> str:
-        """What wakes a worker, on systems where it is a file."""
+        """Return the path of a worker's bell, where the system has it as a file."""
         return os.path.join(self.bells, str(worker))
 
     def life(self, worker: int) -> str:
-        """The file that says what command a worker runs, and by its lock that the worker lives."""
+        """Return the path of a worker's life file: it names the running command, and its lock proves that it lives."""
         return os.path.join(self.bells, f"{worker}.life")
 
     def is_there(self, database: tuple[int, int]) -> bool:
-        """Is the database still the file that it was? It is not once the home was removed or replaced."""
+        """Tell whether the database is still the given file, that is, nobody has removed or replaced the home."""
         try:
             return file_identity(self.database) == database
         except OSError:
@@ -3910,12 +3911,12 @@ class Home(NamedTuple):
 
 
 def run_tag_in(database: tuple[int, int], what: str) -> str:
-    """The run tag of an attempt or a hook; the identity of the database tells it from another queue's."""
-    return f"{what}@{database[0]:x}.{database[1]:x}"  # one word, for `ps`
+    """Return the run tag of an attempt or a hook; the database identity makes it unique among queues."""
+    return f"{what}@{database[0]:x}.{database[1]:x}"  # no space: in the output of `ps` it would end the tag
 
 
 def read_command(home: Home, worker: int, run_tag: str) -> Command | None:
-    """The command of a run, where its worker has started it and it is still the newest."""
+    """Return the command of a run; None if its worker has not started it, or has started another since."""
     with contextlib.suppress(OSError, ValueError), open(home.life(worker), encoding="utf-8") as file:
         tag, *numbers = file.read().split()
         if tag == run_tag:
@@ -3924,16 +3925,16 @@ def read_command(home: Home, worker: int, run_tag: str) -> Command | None:
 
 
 def remove_file(path: str) -> None:
-    """Remove a file that may be gone already, or that somebody reads where that keeps it."""
+    """Remove a file; ignore that it is missing, or that Windows keeps it because another process has it open."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # to open a FIFO without waiting for its other end
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # open(2) of a FIFO does not block with it
 
 
 def require_regular(fd: int, path: str) -> int:
-    """A descriptor; closed, and OSError, where it is of a FIFO, a device or the like, which may let a process wait."""
+    """Return a descriptor; close it and raise OSError unless it is a regular file, since all else may block."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "it is no regular file", path)
@@ -3941,13 +3942,13 @@ def require_regular(fd: int, path: str) -> int:
 
 
 def earlier_output(path: str) -> str:
-    """The copy of what a log held before a retry began: a name that no log and no spool can have."""
+    """Return the path of the copy of a log from before a retry; no log and no spool can have this name."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}")
 
 
 def remove_log(path: str) -> None:
-    """Remove a job's log."""
+    """Remove a job's log and the copy of its earlier output."""
     remove_file(path)
     remove_file(earlier_output(path))
 
@@ -3956,46 +3957,47 @@ OWN_DIRECTORY = "set QUEUECTL_HOME to a directory of your own"
 
 
 def is_for_a_queue(directory: str) -> bool:
-    """Does a directory hold a queue, or nothing? Otherwise its modes are not ours to speak of."""
+    """Tell whether a directory is empty or holds a queue; only of such a directory is a change of mode proposed."""
     names = os.listdir(directory)
     return not names or os.path.basename(Home(directory).database) in names
 
 
-# What follows exists twice, once for Windows and once for POSIX, by the same names, parameters and order:
+# What follows exists twice, for Windows and for POSIX, with the same names and parameters in the same order:
 #
 #   files
-#     refuse_if_shared     refuse a directory that somebody else can write to
-#     is_open_to_others    can anybody but the owner read or write a file?
-#     is_remote            is a path on another machine?
+#     refuse_if_shared     refuse a directory that other users can write to
+#     is_open_to_others    tell whether other users can read or write a file
+#     is_remote            tell whether a path is on a network file system
 #     open_log             open a file for appending
-#     CAN_TELL_WHO_OPENS   does `is_open_elsewhere` know? Workers use a spool only where it does
-#     OpenWatch            tells whether a file was opened while it was written to; only Linux does
-#     is_open_elsewhere    may anybody else hold a file open? Windows always answers yes
+#     CAN_TELL_WHO_OPENS   whether `is_open_elsewhere` has an answer; workers use a spool only where it has
+#     OpenWatch            detects that a file was opened after a write to it; works on Linux only
+#     is_open_elsewhere    tell whether another process may have a file open; always true on Windows
 #   wake-up
-#     Bell                 what wakes a worker: others, a signal, the end of its command or of its neighbour
+#     Bell                 the wake-up of a worker: by `ring`, a signal, the end of its command or of its neighbour;
+#                          also the sign of life on Windows, and on POSIX in release 1.0
 #     ring                 wake a worker
 #   life
-#     own_process          what tells this process from every other, now and later
-#     can_see              does this process see those of another worker? In another PID namespace it may not
-#     Life                 a worker's sign of life, in which it notes its command; no job can hold it
-#     is_alive             does a worker's process live?
+#     own_process          return the identity of this process, which no other process ever has
+#     can_see              tell whether the processes of another worker are visible (PID namespaces)
+#     Life                 a worker's sign of life and the record of its command; no job inherits it
+#     is_alive             tell whether a worker's process lives
 #   write gate
-#     WriteGate            lets the workers that want to write in, one after the other; does nothing on Windows
+#     WriteGate            admits one writing worker after another; does nothing on Windows
 #   processes
-#     SHELL                the shell that runs a command which is a line
-#     exit_status          an exit code as this system takes it from a program
-#     Process              a command and all that it starts
-#     refuse_too_long      refuse a command or an environment that no process can be given here
-#     program_problem      why a file that is there cannot be run
-#     is_shell_word        does only a shell know a word?
-#     in_one_word          words as one word that a shell is given
-#     Leftovers            what a dead worker's attempt left running
-#     memory_kills         how many processes the system has ended for want of memory; 0 on Windows
+#     SHELL                the shell of a command that is a line
+#     exit_status          convert an exit code to the range of this system
+#     Process              a command with all processes that it starts
+#     refuse_too_long      refuse a command or an environment that is too long for this system
+#     program_problem      return why an existing file cannot be run
+#     is_shell_word        tell whether a word is a builtin or a keyword of the shell
+#     in_one_word          quote words as one argument of a shell
+#     Leftovers            the processes that remain of a dead worker's attempt
+#     memory_kills         return the number of out-of-memory kills of the system; 0 on Windows
 #   worker processes
-#     become_worker        make this process a worker: signals, descriptors, orphans
+#     become_worker        set up this process as a worker: signals, descriptors, orphans
 #     start_detached       start a worker process that outlives its parent
-#     leave_job            take a worker that a job starts out of that job's attempt
-#     HAS_SYSTEMD          may systemd start workers here? `service` is for that
+#     leave_job            detach a worker from the attempt of the job that starts it
+#     HAS_SYSTEMD          whether systemd may start workers, which `service` is for
 
 if sys.platform == "win32":
     import ctypes
@@ -4010,108 +4012,108 @@ if sys.platform == "win32":
     _kernel32.CreateFileW.restype = _kernel32.OpenProcess.restype = wintypes.HANDLE
     _NO_SUCH_FILE = 2
 
-    def _must(result: Any) -> Any:
-        """What a system call gave; OSError with the reason where that is nothing."""
+    def _checked(result: Any) -> Any:
+        """Return the result of a system call; raise OSError if it is a failure."""
         if result in (None, 0, wintypes.HANDLE(-1).value):
             raise ctypes.WinError(ctypes.get_last_error())
         return result
 
     def _object_name(kind: str, of: str) -> str:
-        """The name of a system object, the same in every session of the machine."""
+        """Return the name of a kernel object, which all sessions of the machine share."""
         import hashlib
 
         return f"Global\\queuectl-{kind}-{hashlib.sha256(os.path.normcase(of).encode()).hexdigest()[:32]}"
 
     # ---- files
 
-    # Who is everybody, and what is writing, in the language of access lists (SDDL).
-    _EVERYBODY = re.compile(r"\(A;[^;]*;([^;]*);[^;]*;[^;]*;(?:WD|AU|BU|BG|IU|AN)\)")
-    _WRITING = re.compile(r"(?:..)*(?:DC|LC|DT|SD|WD|WO|GA|GW|FA|FW)")
-    _WRITING_BITS = 0x500D0046
+    # SDDL: access control entries that allow a group of all users something, and the rights to write.
+    _ALLOW_ALL_USERS = re.compile(r"\(A;[^;]*;([^;]*);[^;]*;[^;]*;(?:WD|AU|BU|BG|IU|AN)\)")
+    _WRITE_RIGHTS = re.compile(r"(?:..)*(?:DC|LC|DT|SD|WD|WO|GA|GW|FA|FW)")
+    _WRITE_MASK = 0x500D0046
 
     def refuse_if_shared(directory: str) -> None:
-        """QueueError where everybody can write to a directory, as ssh does; one that is new is closed to them first."""
-        us = f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}:(OI)(CI)F"
+        """Raise QueueError if other users can write to a directory, as ssh does; restrict a new directory first."""
+        grant = f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}:(OI)(CI)F"
         if not os.listdir(directory):
-            _keep_for(us, directory)
-        for rights in _EVERYBODY.findall(_access_list(directory)):
+            _restrict_to(grant, directory)
+        for rights in _ALLOW_ALL_USERS.findall(_access_list(directory)):
             bits = int(rights, 16) if rights.startswith("0x") else 0
-            if bits & _WRITING_BITS or _WRITING.match(rights):
-                close_it = f'run: icacls "{directory}" /inheritance:r /grant:r "{us}"'
-                help = close_it if is_for_a_queue(directory) else OWN_DIRECTORY
-                raise QueueError(f"{directory} can be written to by others; {help}")
+            if bits & _WRITE_MASK or _WRITE_RIGHTS.match(rights):
+                fix = f'run: icacls "{directory}" /inheritance:r /grant:r "{grant}"'
+                hint = fix if is_for_a_queue(directory) else OWN_DIRECTORY
+                raise QueueError(f"{directory} can be written to by others; {hint}")
 
-    def _keep_for(us: str, directory: str) -> None:
-        """Take a directory from everybody but us and the system, where that works."""
+    def _restrict_to(grant: str, directory: str) -> None:
+        """Try to restrict a directory to its owner and the system account (S-1-5-18)."""
         icacls = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "icacls.exe")
-        close = [icacls, directory, "/inheritance:r", "/grant:r", us, "*S-1-5-18:(OI)(CI)F"]
+        close = [icacls, directory, "/inheritance:r", "/grant:r", grant, "*S-1-5-18:(OI)(CI)F"]
         with contextlib.suppress(OSError):
             subprocess.run(close, capture_output=True, creationflags=subprocess.CREATE_NO_WINDOW)
 
     def _access_list(path: str) -> str:
-        """Who may do what with a file, in SDDL; empty where the system does not tell."""
-        advapi32, who_may = ctypes.WinDLL("advapi32"), 0x4
+        """Return the access list of a file in SDDL; an empty string if the system does not give it."""
+        advapi32, dacl = ctypes.WinDLL("advapi32"), 0x4
         size, text = wintypes.DWORD(), wintypes.LPWSTR()
-        advapi32.GetFileSecurityW(path, who_may, None, 0, ctypes.byref(size))
+        advapi32.GetFileSecurityW(path, dacl, None, 0, ctypes.byref(size))
         descriptor = ctypes.create_string_buffer(size.value)
-        if not advapi32.GetFileSecurityW(path, who_may, descriptor, size, ctypes.byref(size)):
+        if not advapi32.GetFileSecurityW(path, dacl, descriptor, size, ctypes.byref(size)):
             return ""
-        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, 1, who_may, ctypes.byref(text), None)
+        advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(descriptor, 1, dacl, ctypes.byref(text), None)
         try:
             return text.value or ""
         finally:
             _kernel32.LocalFree(text)
 
     def is_open_to_others(path: str) -> bool:
-        """Windows gives a profile's files to their owner."""
+        """Return False: Windows restricts the files of a profile to their owner."""
         return False
 
     def is_remote(path: str) -> bool:
-        """Is a path on another machine?"""
+        """Tell whether a path is on a network drive or share."""
         drive_remote = 4
         drive = os.path.splitdrive(path)[0] + "\\"
         return path.startswith("\\\\") or bool(_kernel32.GetDriveTypeW(drive) == drive_remote)
 
     def open_log(path: str) -> int:
-        """A descriptor that appends, also in the processes that inherit it."""
+        """Return a descriptor that appends, also in the processes that inherit it."""
         append, share_all, open_always = 0x4, 0x7, 4
-        handle = _must(_kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None))
+        handle = _checked(_kernel32.CreateFileW(path, append, share_all, None, open_always, 0x80, None))
         return msvcrt.open_osfhandle(handle, os.O_APPEND | os.O_WRONLY)
 
     CAN_TELL_WHO_OPENS = False
 
     class OpenWatch:
-        """Nobody tells."""
+        """Does nothing: Windows does not report who opens a file."""
 
         def __init__(self) -> None:
             pass
 
         def follow(self, path: str) -> None:
-            """Watch this file in place of the one before."""
+            """Watch this file instead of the previous one."""
 
         def stop(self) -> None:
-            """Watch no file."""
+            """Stop watching."""
 
         def was_opened_again(self) -> bool:
-            """Was the file opened after it had been written to?"""
+            """Tell whether the file was opened after a write to it."""
             return False
 
     def is_open_elsewhere(fd: int) -> bool:
-        """May anybody else hold the file of a descriptor open? Nobody tells."""
+        """Return True: any process may have the file open, and Windows does not report it."""
         return True
 
     # ---- wake-up
 
     class Bell:
-        """A named event: it exists as long as the worker that listens, which the system sees to."""
+        """A named event; the system removes it with the worker's process, so it is also the worker's sign of life."""
 
         def __init__(self, home: Home, worker: int) -> None:
-            self.has_news = False  # somebody has rung, or the neighbour has ended, since this was set to False
-            self._event = _must(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
+            self.has_news = False  # there was a ring, or the neighbour has ended, since the worker reset this
+            self._event = _checked(_kernel32.CreateEventW(None, False, False, _event_name(home, worker)))
             self._neighbour: int | None = None
 
         def wait(self, timeout_s: float, process: Process | None = None) -> bool:
-            """Sleep until there is news (True), the process ends, or the time is over."""
+            """Sleep until a ring, an end or the timeout; return True for a ring or the end of the neighbour."""
             news = [self._event] + [self._neighbour] * (self._neighbour is not None)
             handles = news + ([process.handle] if process else [])
             array = (wintypes.HANDLE * len(handles))(*handles)
@@ -4121,7 +4123,7 @@ if sys.platform == "win32":
             return is_news
 
         def watch(self, process: str | None) -> bool:
-            """Let the end of another worker's process be news; False where the system does not tell of it."""
+            """Wake up also at the end of another worker's process; return False if the system cannot report it."""
             if self._neighbour is not None:
                 _kernel32.CloseHandle(wintypes.HANDLE(self._neighbour))
                 self._neighbour = None
@@ -4136,22 +4138,22 @@ if sys.platform == "win32":
             return self._neighbour is not None
 
         def look_after(self) -> None:
-            """Nobody can remove an event."""
+            """Do nothing: no other process can remove an event."""
 
         def close(self) -> None:
-            """Listen no more."""
+            """Remove the bell."""
             self.watch(None)
             _kernel32.CloseHandle(self._event)
 
     def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens."""
+        """Wake a worker; return False if no worker has this bell."""
         return _with_event(home, worker, True)
 
     def _with_event(home: Home, worker: int, ring: bool) -> bool:
         event_modify_state = 0x2
         event = _kernel32.OpenEventW(event_modify_state, False, _event_name(home, worker))
         if not event:
-            return ctypes.get_last_error() != _NO_SUCH_FILE  # any other trouble is ours, not its death
+            return ctypes.get_last_error() != _NO_SUCH_FILE  # any other error does not prove that the worker is dead
         if ring:
             _kernel32.SetEvent(event)
         _kernel32.CloseHandle(event)
@@ -4163,48 +4165,48 @@ if sys.platform == "win32":
     # ---- life
 
     def own_process() -> str:
-        """What tells this process from every other: its id, and when it started."""
+        """Return the identity of this process: its id and its start time."""
         return f"{os.getpid()}:{_start_of(-1)}"
 
     def _start_of(handle: int) -> int:
-        """When a process started, by a handle of it; -1 is our own."""
+        """Return the start time of the process of a handle; -1 is the handle of this process."""
         times = [ctypes.c_uint64() for _ in range(4)]
         _kernel32.GetProcessTimes(wintypes.HANDLE(handle), *map(ctypes.byref, times))
         return times[0].value
 
     def can_see(process: str | None) -> bool:
-        """Job objects are known by name on the whole machine."""
+        """Return True: a job object can be opened by its name anywhere on the machine."""
         return True
 
     class Life:
-        """The file in which a worker notes the command that it runs; its sign of life is the event of its bell."""
+        """The file that records the command that a worker runs; the sign of life is the event of its bell."""
 
         def __init__(self, home: Home, worker: int) -> None:
             self._path = home.life(worker)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_BINARY, 0o600)
 
         def note(self, run_tag: str, command: Command) -> None:
-            """Put on record what was started; not on disk, since nothing of it outlives the machine."""
+            """Record a started command; fsync is not needed, since no process outlives the machine."""
             with contextlib.suppress(OSError):  # the disk is full
                 os.lseek(self._fd, 0, os.SEEK_SET)
                 os.write(self._fd, f"{run_tag} {command.pid} {command.since} {command.until}".ljust(120).encode())
 
         def look_after(self) -> None:
-            """Nobody can remove a file that is open."""
+            """Do nothing: Windows lets nobody remove an open file."""
 
         def close(self) -> None:
-            """Leave: there is nothing left to be recovered."""
+            """Remove the file: nothing remains to be recovered."""
             os.close(self._fd)
             remove_file(self._path)
 
     def is_alive(home: Home, worker: int, process: str | None) -> bool:
-        """Does a worker's process live? The event of its bell goes with it."""
+        """Tell whether a worker's process lives: the event of its bell exists as long."""
         return _with_event(home, worker, False)
 
     # ---- write gate
 
     class WriteGate:
-        """Workers that want to write at the same time: here each tries until it may."""
+        """Does nothing: on Windows each worker retries until the database is free."""
 
         def __init__(self, home: Home) -> None:
             pass
@@ -4216,18 +4218,18 @@ if sys.platform == "win32":
             pass
 
         def close(self) -> None:
-            """Nothing is held."""
+            """Do nothing."""
 
     # ---- processes
 
     SHELL: Shell = "cmd"
 
     def exit_status(code: int) -> int:
-        """An exit code as this system takes it: of 32 bits, and signed for Python."""
+        """Convert an exit code to 32 bits, signed for Python."""
         return (code + 2**31) % 2**32 - 2**31
 
     _CREATE_SUSPENDED, _BREAKAWAY = 0x4, 0x01000000
-    # A hidden console of its own: no window, and no Ctrl-C that is meant for somebody else.
+    # The command has a hidden console of its own: it shows no window and gets no Ctrl-C of other processes.
     _HIDDEN = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
     _KILL_ON_JOB_CLOSE, _BREAKAWAY_OK = 0x2000, 0x800
     _JOB_SET, _JOB_QUERY, _JOB_TERMINATE = 0x2, 0x4, 0x8  # rights to a job object
@@ -4268,47 +4270,47 @@ if sys.platform == "win32":
         _fields_ = [("assigned", wintypes.DWORD), ("listed", wintypes.DWORD), ("ids", ctypes.c_size_t * 100)]
 
     def _limit(job: int, flags: int) -> None:
-        """Say what holds for the processes of a job object, and for its end."""
+        """Set the limit flags of a job object."""
         limits = _Limits(flags=flags)
         size = ctypes.sizeof(limits)
-        _must(_kernel32.SetInformationJobObject(wintypes.HANDLE(job), _EXTENDED_LIMITS, ctypes.byref(limits), size))
+        _checked(_kernel32.SetInformationJobObject(wintypes.HANDLE(job), _EXTENDED_LIMITS, ctypes.byref(limits), size))
 
     def _query(job: int, kind: int, into: ctypes.Structure) -> None:
         size = ctypes.sizeof(into)
         _kernel32.QueryInformationJobObject(wintypes.HANDLE(job), kind, ctypes.byref(into), size, None)
 
     def _new_job(run_tag: str) -> int:
-        """A job object named by a run tag; one without a name where that name is taken, which is not ours."""
+        """Create a job object named by a run tag; it has no name if another program has taken the name."""
         already_exists = 183
-        job = _must(_kernel32.CreateJobObjectW(None, _object_name("job", run_tag)))
+        job = _checked(_kernel32.CreateJobObjectW(None, _object_name("job", run_tag)))
         if ctypes.get_last_error() == already_exists:
             _kernel32.CloseHandle(wintypes.HANDLE(job))
-            job = _must(_kernel32.CreateJobObjectW(None, None))
+            job = _checked(_kernel32.CreateJobObjectW(None, None))
         return int(job)
 
     def _open_job(run_tag: str, rights: int) -> int | None:
-        """The job object of an attempt, which has its name as long as its worker lives; None where it is gone."""
+        """Open the job object of an attempt, which exists as long as its worker lives; return None if it is gone."""
         handle = _kernel32.OpenJobObjectW(rights, False, _object_name("job", run_tag))
         return int(handle) if handle else None
 
     def _end_job(job: int, timeout_s: float) -> list[str]:
-        """End every process of a job object; those that are still there after that time."""
+        """End all processes of a job object; return those that remain after the timeout."""
         deadline = time.monotonic() + timeout_s
         used = _Accounting(active=1)
         while used.active and time.monotonic() < deadline:
             _kernel32.TerminateJobObject(wintypes.HANDLE(job), 1)
-            _query(job, _ACCOUNTING, used)  # it ends them in its own time: wait, or the next attempt meets them
+            _query(job, _ACCOUNTING, used)  # processes end asynchronously; wait, lest the next attempt overlap them
             time.sleep(0.005 if used.active else 0)
         return _processes_of(job) if used.active else []
 
     def _processes_of(job: int) -> list[str]:
-        """The ids of the processes in a job object, of the first hundred at least."""
+        """Return the ids of the processes in a job object, at most a hundred of them."""
         found = _ProcessIds()
         _query(job, _PROCESS_IDS, found)
         return [str(pid) for pid in found.ids[: found.listed]] or ["processes that the system does not name"]
 
     class Process:
-        """A command in a job object of its own, which dies with this process."""
+        """A command in a job object of its own; the system ends the job object with this process."""
 
         def __init__(
             self, command: str | list[str], cwd: str, env: dict[str, str], log: str, run_tag: str,
@@ -4328,17 +4330,17 @@ if sys.platform == "win32":
                 raise
 
         def _resume(self) -> None:
-            """Into the job object first: what it starts before that would not belong to it."""
+            """Assign the process to the job object, then resume it, so that all that it starts belongs to the job."""
             process = wintypes.HANDLE(self.handle)
             try:
-                _must(_kernel32.AssignProcessToJobObject(wintypes.HANDLE(self._job), process))
+                _checked(_kernel32.AssignProcessToJobObject(wintypes.HANDLE(self._job), process))
             except OSError:
                 self._popen.kill()
                 raise
             _ntdll.NtResumeProcess(process)
 
         def poll(self) -> Exit | None:
-            """How it ended; None while it runs."""
+            """Return how the command ended; None while it runs."""
             code = self._popen.poll()
             if code is None:
                 return None
@@ -4348,20 +4350,20 @@ if sys.platform == "win32":
             return Exit(code, None, limits.peak_process_memory or None, (used.user + used.kernel) / 1e7 or None)
 
         def end(self, grace_s: float, meanwhile: Callable[[], None] = lambda: None) -> list[str]:
-            """End it and all that it started, at once: a hidden console has nobody to ask it to leave."""
+            """End the command and all that it started, at once: no Ctrl-Break reaches its console."""
             return _end_job(self._job, timeout_s=1.0)
 
         def close(self) -> None:
-            """Leave alone what still runs, and forget it."""
+            """Release the command; processes that still run go on."""
             with contextlib.suppress(OSError):
                 _limit(self._job, 0)
             _kernel32.CloseHandle(wintypes.HANDLE(self._job))
 
     def _start_with_retries(start: Callable[[], _Result]) -> _Result:
-        """The process that `start` creates, after at most two retries.
+        """Return the process that `start` creates, after at most two retries.
 
-        ERROR_INTERNAL_ERROR means that the new process ended before it ran any of its own code (Wine has this now and
-        then). A retry is safe.
+        ERROR_INTERNAL_ERROR means that the new process ended before it ran any of its own code (Wine reports this at
+        times). A retry is safe.
         """
         error_internal_error = 1359
         for _ in range(2):
@@ -4376,7 +4378,7 @@ if sys.platform == "win32":
     def _start_suspended(
         line: str | list[str], cwd: str, env: Mapping[str, str], stdin: int | None, output: BinaryIO
     ) -> subprocess.Popen[bytes]:
-        """A process that has not begun; of variables that differ in case alone, the last one counts."""
+        """Start a suspended process; of variables that differ only in case, the last one counts."""
         spelled = {name.upper(): (name, value) for name, value in env.items()}
         return _start_with_retries(lambda: subprocess.Popen(
             line, cwd=cwd, env=dict(spelled.values()),
@@ -4385,13 +4387,13 @@ if sys.platform == "win32":
         ))  # fmt: skip
 
     def _shell_line(command: str) -> str:
-        """The command line by which cmd.exe runs a line as it is: /s takes off just the outer quotes."""
+        """Return the command line with which cmd.exe runs a line unchanged: /s removes only the outer quotes."""
         if "\n" in command.strip():
             raise ValueError("cmd.exe would run the first line alone; put several in a script")
         return f'"{os.environ.get("COMSPEC", "cmd.exe")}" /d /s /c "{command.strip()}"'
 
     def _program(word: str, cwd: str, env: Mapping[str, str]) -> str:
-        """The file that a word means, by the PATH that its command will see and the endings of programs."""
+        """Return the file that a word means, by the PATH and the PATHEXT of the command."""
         here = {name.upper(): value for name, value in env.items()}
         endings = here.get("PATHEXT", ".COM;.EXE;.BAT;.CMD").lower().split(";")
         place, name = os.path.split(word)
@@ -4402,26 +4404,24 @@ if sys.platform == "win32":
                     return path
         return word
 
-    _MOST_CHARACTERS, _MOST_FOR_CMD = 32_766, 8_191  # of a command line or a variable; of a line for cmd.exe
+    _MAX_CHARS, _MAX_CMD_CHARS = 32_766, 8_191  # of a command line or a variable; of a line for cmd.exe
     _SHELL_WORDS = re.compile(
         "assoc|break|call|cd|chdir|cls|copy|date|del|dir|echo|endlocal|erase|for|ftype|goto|if|md|mkdir|mklink|move|"
         "path|pause|popd|prompt|pushd|rd|rem|ren|rename|rmdir|set|setlocal|shift|start|time|title|type|ver|verify|vol"
     )
 
     def refuse_too_long(command: str | list[str], env: Mapping[str, str]) -> None:
-        """BadInput where Windows could not start such a command, or not give it such an environment."""
+        """Raise BadInput if a command or a variable is too long for Windows."""
         line = command if isinstance(command, str) else subprocess.list2cmdline(command)
-        most = _MOST_FOR_CMD if isinstance(command, str) else _MOST_CHARACTERS
+        most = _MAX_CMD_CHARS if isinstance(command, str) else _MAX_CHARS
         if len(line) > most:
             raise BadInput(f"field 'command' is {len(line)} characters long, and Windows takes {most}; use a script")
         for name, value in env.items():
-            if len(name) + 1 + len(value) > _MOST_CHARACTERS:
-                raise BadInput(
-                    f"field 'env': {name} has more than the {_MOST_CHARACTERS} characters that Windows takes"
-                )
+            if len(name) + 1 + len(value) > _MAX_CHARS:
+                raise BadInput(f"field 'env': {name} has more than the {_MAX_CHARS} characters that Windows takes")
 
     def program_problem(word: str, cwd: str, path: str) -> str | None:
-        """Why a file that is there cannot be run; None where there is none, or nothing is wrong with it."""
+        """Return why an existing file cannot be run; None if there is no file, or no problem with it."""
         file = _program(word, cwd, {"PATH": path, "PATHEXT": os.environ.get("PATHEXT", "")})
         file = os.path.join(cwd, file)
         if os.path.isdir(file):
@@ -4431,21 +4431,21 @@ if sys.platform == "win32":
         return f"Windows cannot run such a file; name first what can, as in: python {word}"
 
     def is_shell_word(word: str) -> bool:
-        """Does only cmd.exe know a word?"""
+        """Tell whether a word is a builtin command of cmd.exe."""
         return bool(_SHELL_WORDS.fullmatch(word.lower()))
 
     def in_one_word(words: Sequence[str]) -> str:
-        """Words as one word, as it is typed in cmd.exe."""
+        """Quote words as one argument, as one types it in cmd.exe."""
         return subprocess.list2cmdline([subprocess.list2cmdline(words)])
 
     class Leftovers:
-        """What a dead worker's attempt left running: the system ends it with the worker, here we wait until it has."""
+        """The processes that remain of a dead worker's attempt; Windows ends them with the worker, after some time."""
 
-        def __init__(self, run_tag: str, command: Command | None, log: str, is_under_way: Callable[[], bool]) -> None:
+        def __init__(self, run_tag: str, command: Command | None, log: str, is_running: Callable[[], bool]) -> None:
             self._run_tag = run_tag
 
         def end(self, timeout_s: float) -> list[str]:
-            """End it; what is still there after that time."""
+            """End the processes; return those that remain after the timeout."""
             job = _open_job(self._run_tag, _JOB_QUERY | _JOB_TERMINATE)
             if job is None:
                 is_gone = ctypes.get_last_error() == _NO_SUCH_FILE
@@ -4456,26 +4456,27 @@ if sys.platform == "win32":
                 _kernel32.CloseHandle(wintypes.HANDLE(job))
 
     def memory_kills() -> int:
-        """How many processes this system has ended for want of memory: Windows refuses memory, and ends none."""
+        """Return 0: Windows refuses memory and ends no process for it."""
         return 0
 
     # ---- worker processes
 
     def become_worker(on_stop: Callable[[], None]) -> None:
-        """Let Ctrl-C and Ctrl-Break mean: finish and leave."""
+        """Call `on_stop` at Ctrl-C and Ctrl-Break: the worker finishes its job and exits."""
         for number in (signal.SIGINT, signal.SIGBREAK, signal.SIGTERM):
             signal.signal(number, lambda *_: on_stop())
 
     def start_detached(home: Home, arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
-        """A worker process of its own; what it has to say until it is up, and then nothing.
+        """Start a worker process; return the stream of its output, which ends when it is up.
 
-        It lives at the root: a directory that a process lives in can neither be moved nor removed.
+        Its working directory is the root of the drive: Windows neither moves nor removes the working directory of a
+        process.
         """
         try:
             process = _start_worker(home, arguments, _HIDDEN | _BREAKAWAY)
-        except PermissionError:  # the job object that holds us lets nobody go
+        except PermissionError:  # the job object of this process allows no breakaway
             process = _start_worker(home, arguments, _HIDDEN)
-        process.returncode = 0  # it is meant to outlive us
+        process.returncode = 0  # it outlives this process; with a code, `Popen` does not warn that it still runs
         return cast(TextIO, process.stdout)
 
     def _start_worker(home: Home, arguments: Sequence[str], flags: int) -> subprocess.Popen[str]:
@@ -4486,7 +4487,7 @@ if sys.platform == "win32":
         ))  # fmt: skip
 
     def leave_job(arguments: Sequence[str]) -> None:
-        """Let the workers that a job starts leave the job object of its attempt."""
+        """Let the workers that a job starts break away from the job object of its attempt."""
         job = _open_job(os.environ.get(RUN_TAG, NO_ATTEMPT), _JOB_SET)
         if job is not None:
             _limit(job, _KILL_ON_JOB_CLOSE | _BREAKAWAY_OK)
@@ -4503,21 +4504,21 @@ else:
     # ---- files
 
     def refuse_if_shared(directory: str) -> None:
-        """QueueError where somebody else can write to a directory, as ssh does."""
+        """Raise QueueError if other users can write to a directory, as ssh does."""
         found = os.stat(directory)
         if found.st_uid not in (0, os.geteuid()):
             raise QueueError(f"{directory} belongs to another user; {OWN_DIRECTORY}")
         if found.st_mode & 0o022:
             is_ours = found.st_uid == os.geteuid() and not found.st_mode & stat.S_ISVTX and is_for_a_queue(directory)
-            help = f"run: {command_line(['chmod', 'go-w', directory])}" if is_ours else OWN_DIRECTORY
-            raise QueueError(f"{directory} can be written to by others; {help}")
+            hint = f"run: {command_line(['chmod', 'go-w', directory])}" if is_ours else OWN_DIRECTORY
+            raise QueueError(f"{directory} can be written to by others; {hint}")
 
     def is_open_to_others(path: str) -> bool:
-        """Can anybody but the owner read or write it?"""
+        """Tell whether other users can read or write a file."""
         return bool(os.stat(path).st_mode & 0o077)
 
     def is_remote(path: str) -> bool:
-        """Is a path on a network file system? Only Linux tells (proc(5): mounts)."""
+        """Tell whether a path is on a network file system; only Linux reports it (proc(5): mounts)."""
         try:
             with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as file:
                 mounts = [line.split()[1:3] for line in file]
@@ -4530,11 +4531,11 @@ else:
     _APPENDING = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
     def open_log(path: str) -> int:
-        """A descriptor that appends to a file; OSError for all else, since a pipe would wait for its other end."""
+        """Return a descriptor that appends to a regular file; raise OSError for all else, since a FIFO would block."""
         try:
             fd = os.open(path, _APPENDING | NONBLOCK, 0o600)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # of a pipe that nobody reads, or a socket
+            if error.errno != errno.ENXIO:  # open(2): a FIFO without a reader, or a socket
                 raise
             raise OSError(errno.EINVAL, "it is no regular file", path) from None
         return require_regular(fd, path)
@@ -4542,9 +4543,9 @@ else:
     CAN_TELL_WHO_OPENS = hasattr(fcntl, "F_SETLEASE")  # Linux
 
     class OpenWatch:
-        """Tells whether a file was opened while it was written to; only Linux does (inotify(7))."""
+        """Detects with inotify(7) that a file was opened after a write to it; it never does so outside Linux."""
 
-        _OPENED, _MODIFIED = 0x20, 0x2  # an open that empties a file has changed it first
+        _OPENED, _MODIFIED = 0x20, 0x2  # IN_OPEN and IN_MODIFY; an open that truncates reports IN_MODIFY first
 
         def __init__(self) -> None:
             self._fd, self._watch = -1, -1
@@ -4552,34 +4553,35 @@ else:
                 self._fd = int(_libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
         def follow(self, path: str) -> None:
-            """Watch this file in place of the one before."""
+            """Watch this file instead of the previous one."""
             self.stop()
             if self._fd >= 0:
                 wanted = self._OPENED | self._MODIFIED
                 self._watch = int(_libc().inotify_add_watch(self._fd, os.fsencode(path), wanted))
 
         def stop(self) -> None:
-            """Watch no file."""
+            """Stop watching."""
             if self._watch >= 0:
                 _libc().inotify_rm_watch(self._fd, self._watch)
                 self._watch = -1
-                self.was_opened_again()  # what has been noticed so far is of no interest
+                self.was_opened_again()  # discard the pending events
 
         def was_opened_again(self) -> bool:
-            """Was the file opened after it had been written to, since it was last asked? Its command opens it first."""
+            """Tell whether the file was opened again after a write since the last call; its command opens it once."""
             if self._fd < 0:
                 return False
             try:
-                events = memoryview(os.read(self._fd, 1 << 16)).cast("I")  # four words each; equal neighbours are one
+                # An event has four words. The kernel merges equal successive events: a second open implies a write.
+                events = memoryview(os.read(self._fd, 1 << 16)).cast("I")
             except BlockingIOError:
                 return False
             return events[1::4].tolist().count(self._OPENED) > 1
 
     def is_open_elsewhere(fd: int) -> bool:
-        """May anybody else hold the file of a descriptor open?
+        """Tell whether another open file description of the file may exist.
 
-        The system leases a file for writing only to who alone has opened it: see fcntl(2), F_SETLEASE. Where it
-        does not lease, nobody can tell.
+        The kernel grants a write lease only on a file that is open nowhere else (fcntl(2), F_SETLEASE). If the file
+        system supports no leases, the answer is unknown, and so True.
         """
         try:
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -4590,23 +4592,24 @@ else:
 
     # ---- wake-up
 
-    _RING = b"\0"  # never the number of a signal
+    _RING = b"\0"  # no signal has this number, which `set_wakeup_fd` would write
 
     class Bell:
-        """A FIFO that others write to. Signals do too, among them the one that says that a child has ended.
+        """A FIFO that other processes write to, and signals too (`set_wakeup_fd`), SIGCHLD among them.
 
-        So one wait waits for everything, on every POSIX system; and on Linux also for the end of a neighbour.
+        So one poll(2) waits for all events on every POSIX system. On Linux it also waits for the end of a neighbour
+        (pidfd_open(2)).
         """
 
         def __init__(self, home: Home, worker: int) -> None:
-            self.has_news = False  # somebody has rung, or the neighbour has ended, since this was set to False
+            self.has_news = False  # there was a ring, or the neighbour has ended, since the worker reset this
             self._path = home.bell(worker)
-            self._watched: str | None = None  # the process of the neighbour, and its descriptor
-            self._neighbour = -1
+            self._watched: str | None = None  # the identity of the neighbour's process
+            self._neighbour = -1  # its pidfd
             self._poll = select.poll()
-            self._hang()
+            self._make()
 
-        def _hang(self) -> None:
+        def _make(self) -> None:
             remove_file(self._path)
             os.mkfifo(self._path, 0o600)
             self._fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
@@ -4614,19 +4617,19 @@ else:
             signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
 
         def wait(self, timeout_s: float, process: Process | None = None) -> bool:
-            """Sleep until there is news (True), the process ends, or the time is over."""
+            """Sleep until a ring, an end or the timeout; return True for a ring or the end of the neighbour."""
             ready = self._poll.poll(max(0, math.ceil(timeout_s * 1000)))
             rung = b""
             with contextlib.suppress(BlockingIOError):
                 rung = os.read(self._fd, 4096)
             if process is None and rung:
-                _reap()  # what an earlier job left running is ours to see off
+                _reap()  # orphans of earlier jobs are children of this process
             is_news = _RING in rung or any(fd == self._neighbour for fd, _ in ready)
             self.has_news = self.has_news or is_news
             return is_news
 
         def watch(self, process: str | None) -> bool:
-            """Let the end of another worker's process be news; False where the system does not tell of it."""
+            """Wake up also at the end of another worker's process; return False if the system cannot report it."""
             if process == self._watched and self._neighbour >= 0:
                 return True
             if self._neighbour >= 0:
@@ -4636,48 +4639,48 @@ else:
             self._watched = process
             if process and process.rsplit(":", 2)[0] == _own_namespace() and hasattr(os, "pidfd_open"):  # Linux
                 with contextlib.suppress(OSError):
-                    self._neighbour = os.pidfd_open(int(_parts(process)[2] or 0))
+                    self._neighbour = os.pidfd_open(int(_split_identity(process)[2] or 0))
                     self._poll.register(self._neighbour, select.POLLIN)
             return self._neighbour >= 0
 
         def look_after(self) -> None:
-            """Hang it anew where somebody has removed or replaced it."""
+            """Make the FIFO again if somebody has removed or replaced it."""
             if not _is_same(self._path, self._fd):
                 before = self._fd
-                self._hang()
+                self._make()
                 self._poll.unregister(before)
                 os.close(before)
 
         def close(self) -> None:
-            """Listen no more."""
+            """Remove the bell."""
             signal.set_wakeup_fd(-1)
             self.watch(None)
-            if _is_same(self._path, self._fd):  # in a home that was made anew it is another's
+            if _is_same(self._path, self._fd):  # in a replaced home, the FIFO belongs to another worker
                 remove_file(self._path)
             os.close(self._fd)
 
     def _is_same(path: str, fd: int) -> bool:
-        """Is the file of a descriptor still the one at a path?"""
+        """Tell whether a path still leads to the file of a descriptor."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(fd))
         except OSError:
             return False
 
     def _reap() -> None:
-        with contextlib.suppress(ChildProcessError):  # none is left
+        with contextlib.suppress(ChildProcessError):  # no child is left
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
 
     def ring(home: Home, worker: int) -> bool:
-        """Wake a worker; False where nobody listens."""
+        """Wake a worker; return False if no worker has this bell."""
         return _with_fifo(home, worker, _RING)
 
     def _with_fifo(home: Home, worker: int, message: bytes) -> bool:
         try:
             fd = os.open(home.bell(worker), os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # among them ENXIO: it has no reader
+        except OSError:  # ENXIO, for one: no process reads the FIFO
             return False
-        with contextlib.suppress(OSError):  # full: it has been rung often enough
+        with contextlib.suppress(OSError):  # the FIFO is full of earlier rings
             os.write(fd, message)
         os.close(fd)
         return True
@@ -4686,21 +4689,21 @@ else:
 
     @functools.cache
     def _own_namespace() -> str:
-        """The start of the machine and the PID namespace that this process is in: process ids mean something there."""
+        """Return the boot id and the PID namespace of this process, within which a process id is unique."""
         if not _HAS_PROC:
             return ":"
         return f"{_read('/proc/sys/kernel/random/boot_id').decode().strip()}:{os.stat('/proc/self/ns/pid').st_ino}"
 
-    _FIRST_NAMESPACE = "4026531836"  # of a Linux machine (PROC_PID_INIT_INO): it sees the processes of all others
+    _INITIAL_NAMESPACE = "4026531836"  # PROC_PID_INIT_INO of Linux; the processes of all namespaces are visible in it
 
     def own_process() -> str:
-        """What tells this process from every other: start of the machine, PID namespace, process id, its own start."""
+        """Return the identity of this process: boot id, PID namespace, process id and start time."""
         if _HAS_PROC and os.readlink("/proc/self") != str(os.getpid()):
             raise QueueError("/proc shows the processes of another PID namespace; use unshare with --mount-proc")
         return f"{_own_namespace()}:{os.getpid()}:{_start_of(os.getpid())}"
 
     def _start_of(pid: int) -> int | None:
-        """When a process started; None where there is no such process, or it has ended."""
+        """Return the start time of a process; None if it does not exist or has ended."""
         if _HAS_PROC:
             with contextlib.suppress(OSError):
                 state, _, _, start, _ = _stat(pid)
@@ -4708,44 +4711,45 @@ else:
             return None
         return next((found.start for found in _processes() if found.pid == pid), None)
 
-    def _parts(process: str) -> list[str]:
-        """What `own_process` gave; in a row that was damaged it is a process of another start of the machine."""
+    def _split_identity(process: str) -> list[str]:
+        """Split what `own_process` returned; a damaged value counts as a process of another boot."""
         parts = process.split(":")
         return parts if len(parts) == 4 and parts[2].isdigit() else ["?", "", "", ""]
 
     def can_see(process: str | None) -> bool:
-        """Would a process show here that somebody started beside that one? If not, not to see any proves nothing."""
+        """Tell whether processes in that one's PID namespace are visible here; else their absence proves nothing."""
         if process is None or process.rsplit(":", 2)[0] == _own_namespace():
             return True
-        boot, namespace, pid, _ = _parts(process)
+        boot, namespace, pid, _ = _split_identity(process)
         own_boot, own_namespace = _own_namespace().split(":")
         if boot != own_boot or pid == "1":
-            return True  # with the machine, and with the first process of a namespace, all in it has ended
-        return own_namespace == _FIRST_NAMESPACE or _is_in_sight(namespace)
+            return True  # all processes end with the machine, and with the first process of their namespace
+        return own_namespace == _INITIAL_NAMESPACE or _is_namespace_visible(namespace)
 
-    def _is_in_sight(namespace: str) -> bool:
-        """Is a process of a PID namespace visible here?"""
+    def _is_namespace_visible(namespace: str) -> bool:
+        """Tell whether any process of a PID namespace is visible here."""
         for pid in _pids():
             with contextlib.suppress(OSError):
                 if str(os.stat(f"/proc/{pid}/ns/pid").st_ino) == namespace:
                     return True
         return False
 
-    def _lives(process: str) -> bool | None:
-        """Does exactly that process live? None where nobody can say from here."""
-        boot, namespace, pid, start = _parts(process)
+    def _is_process_alive(process: str) -> bool | None:
+        """Tell whether exactly that process lives; None if its PID namespace is not visible."""
+        boot, namespace, pid, start = _split_identity(process)
         own_boot, own_namespace = _own_namespace().split(":")
         if boot != own_boot:
             return False
         if namespace != own_namespace:
-            return None if own_namespace != _FIRST_NAMESPACE or _is_in_sight(namespace) else False
+            return None if own_namespace != _INITIAL_NAMESPACE or _is_namespace_visible(namespace) else False
         return str(_start_of(int(pid))) == start
 
     class Life:
-        """A worker's sign of life: a file that its process keeps locked, in which it notes the command that it runs.
+        """A worker's sign of life: a file that its process keeps locked, and that records the command that it runs.
 
-        The system drops the lock with the process. No child inherits it, and whoever opens the file does not hold
-        it. To close any other descriptor of the file would drop it too, so a worker never opens its own again.
+        The lock is a POSIX record lock (fcntl(2)). The kernel releases it when the process ends, no child inherits
+        it, and to open the file does not acquire it. To close any other descriptor of the file would release it too,
+        so a worker never opens its own file again.
         """
 
         def __init__(self, home: Home, worker: int) -> None:
@@ -4759,35 +4763,35 @@ else:
             fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(fd, self._note)
-            os.rename(made, self._path)  # locked before anybody can see it
+            os.rename(made, self._path)  # the file is locked before it becomes visible
             return fd
 
         def note(self, run_tag: str, command: Command) -> None:
-            """Put on record what was started; not on disk, since nothing of it outlives the machine."""
+            """Record a started command; fsync is not needed, since no process outlives the machine."""
             self._note = f"{run_tag} {command.pid} {command.since} {command.until}".ljust(120).encode()
             with contextlib.suppress(OSError):  # the disk is full
                 os.pwrite(self._fd, self._note, 0)
 
         def look_after(self) -> None:
-            """Make it anew where somebody has removed or replaced it."""
+            """Make the file again if somebody has removed or replaced it."""
             if not _is_same(self._path, self._fd):
                 before, self._fd = self._fd, self._make()
                 os.close(before)
 
         def close(self) -> None:
-            """Leave: there is nothing left to be recovered."""
+            """Remove the file: nothing remains to be recovered."""
             if _is_same(self._path, self._fd):
                 remove_file(self._path)
             os.close(self._fd)
 
     def is_alive(home: Home, worker: int, process: str | None) -> bool:
-        """Does a worker's process live? Nothing that is missing or cannot be looked at counts as its death."""
-        if process is None:  # of release 1.0, whose bell had a reader as long as it lived
+        """Tell whether a worker's process lives; a missing or unreadable file does not prove that it is dead."""
+        if process is None:  # a worker of release 1.0: its bell has a reader as long as it lives
             return _with_fifo(home, worker, b"")
         try:
             fd = os.open(home.life(worker), os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
-            return _lives(process) is not False
+            return _is_process_alive(process) is not False
         except OSError:
             return True
         try:
@@ -4796,15 +4800,15 @@ else:
             return True
         finally:
             os.close(fd)
-        return _lives(process) is True  # then the file is not the one that it has locked
+        return _is_process_alive(process) is True  # if so, somebody has replaced the file that it locks
 
     # ---- write gate
 
     class WriteGate:
-        """Workers that want to write at the same time queue up: the system wakes one after the other.
+        """A queue of the workers that want to write: the kernel admits one after the other (flock(2)).
 
-        The gate saves them from trying again and again. It protects nothing: the database has its own lock. So a
-        worker that waits for long, because the one inside was stopped or has to wait too, goes ahead.
+        The gate spares them the retries at a busy database. It protects nothing, since the database has its own
+        lock. So a worker goes ahead after WRITE_GATE_S: the one inside may be stopped, or wait for the database.
         """
 
         def __init__(self, home: Home) -> None:
@@ -4813,7 +4817,7 @@ else:
             signal.signal(signal.SIGALRM, self._stop_waiting)
 
         def __enter__(self) -> None:
-            with contextlib.suppress(OSError):  # TimeoutError is one, and a file system without such locks gives one
+            with contextlib.suppress(OSError):  # TimeoutError, or the file system supports no such locks
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -4822,7 +4826,7 @@ else:
         def _wait(self) -> None:
             self._is_waiting = True
             try:
-                # Again and again: the first may come before the wait.
+                # The timer repeats, since the first signal may come before flock blocks.
                 signal.setitimer(signal.ITIMER_REAL, WRITE_GATE_S, WRITE_GATE_S)
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
             finally:
@@ -4839,7 +4843,7 @@ else:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
         def close(self) -> None:
-            """Let go of the gate for good."""
+            """Close the gate's descriptor."""
             os.close(self._fd)
 
     # ---- processes
@@ -4847,42 +4851,42 @@ else:
     SHELL: Shell = "sh"
 
     def exit_status(code: int) -> int:
-        """An exit code as this system takes it: of 8 bits. Windows has larger ones, and none of those is success."""
+        """Convert an exit code to 8 bits; a larger one, which Windows has, never becomes 0."""
         return code if 0 <= code < 256 else code % 256 or 1
 
-    _HAS_PROC = os.uname().sysname == "Linux" and os.path.isdir("/proc/self/fd")  # elsewhere `ps` tells what it can
+    _HAS_PROC = os.uname().sysname == "Linux" and os.path.isdir("/proc/self/fd")  # without /proc, `ps` is used
     _RSS_BYTES = 1 if os.uname().sysname == "Darwin" else 1024  # the unit of ru_maxrss (getrusage(2))
-    _RLIMIT_LOCKS = 10  # of Linux, which has not counted by it since 2.4 and hands it down to every child
-    _RUN_NUMBERS = 1 << 61  # run numbers are at least this: no administrator sets such a limit
-    _Identity = tuple[int, int]  # a process id and when that process started
+    _RLIMIT_LOCKS = 10  # Linux has not enforced this limit since 2.4, and every child inherits it (getrlimit(2))
+    _MIN_RUN_NUMBER = 1 << 61  # the smallest run number; no administrator sets a limit that large
+    _Identity = tuple[int, int]  # a process id and the start time of its process
 
-    class _Found(NamedTuple):
+    class _ProcessInfo(NamedTuple):
         """A process that has not ended."""
 
         pid: int
-        start: int  # in clock ticks since the machine started; where there is no /proc in seconds since 1970
+        start: int  # in clock ticks since boot; without /proc in seconds since 1970
         parent: int
-        session: int  # where there is no /proc its group
+        session: int  # without /proc the process group
         name: str
-        run: int | None  # the number of the run that it belongs to, where it tells
+        run: int | None  # its run number, if it has one
 
     def _run_number(run_tag: str) -> int:
-        """A run tag as a resource limit: it stays where the environment is cleared, and everybody may read it."""
-        return _RUN_NUMBERS + int.from_bytes(run_tag.encode(), "big") % (_RUN_NUMBERS - 1)  # by a prime number
+        """Return a run tag as a value of a limit, which remains when the environment is cleared and is public."""
+        return _MIN_RUN_NUMBER + int.from_bytes(run_tag.encode(), "big") % (_MIN_RUN_NUMBER - 1)  # 2**61 - 1 is prime
 
-    def _hand_down(run_tag: str) -> None:
-        """Let the processes that are started from here on belong to a run."""
+    def _set_run_number(run_tag: str) -> None:
+        """Set the run number that all processes started from here on inherit."""
         if _HAS_PROC:
-            with contextlib.suppress(ImportError, ValueError, OSError):  # where the limit is lowered for good
+            with contextlib.suppress(ImportError, ValueError, OSError):  # the hard limit was lowered
                 import resource
 
                 resource.setrlimit(_RLIMIT_LOCKS, (_run_number(run_tag), resource.RLIM_INFINITY))
 
     def _run_of(pid: int) -> int | None:
-        """The run number of a process, by its limit or its environment; None where neither tells."""
+        """Return the run number of a process from its limit or its environment; None if neither holds one."""
         with contextlib.suppress(OSError, IndexError):
             limit = _read(f"/proc/{pid}/limits").partition(b"file locks")[2].split(None, 1)[0]
-            if limit.isdigit() and int(limit) >= _RUN_NUMBERS:
+            if limit.isdigit() and int(limit) >= _MIN_RUN_NUMBER:
                 return int(limit)
         with contextlib.suppress(OSError):
             _, found, rest = (b"\0" + _read(f"/proc/{pid}/environ")).partition(f"\0{RUN_TAG}=".encode())
@@ -4894,32 +4898,32 @@ else:
             return file.read()
 
     def _ticks() -> int:
-        """Now, in the unit in which the start of a process is told."""
+        """Return the current time in the unit of process start times."""
         return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") if _HAS_PROC else time.time())
 
     def _stat(pid: int) -> tuple[str, int, int, int, str]:
-        """State, parent, session, start and name of a process (proc(5): the name may hold anything)."""
+        """Return state, parent, session, start and name of a process (proc(5): the name may contain any character)."""
         head, _, tail = _read(f"/proc/{pid}/stat").rpartition(b")")
         state, parent, _, session, *rest = tail.split(None, 20)
         return state.decode(), int(parent), int(session), int(rest[15]), os.fsdecode(head.partition(b"(")[2])
 
-    def _find(pid: int, since: int) -> _Found | None:
-        """A process, unless it has ended, or started before a moment."""
+    def _find(pid: int, since: int) -> _ProcessInfo | None:
+        """Return a process; None if it has ended or started before `since`."""
         with contextlib.suppress(OSError):
             state, parent, session, start, name = _stat(pid)
             if state not in "ZX" and start >= since:
-                return _Found(pid, start, parent, session, name, _run_of(pid))
+                return _ProcessInfo(pid, start, parent, session, name, _run_of(pid))
         return None
 
     def _newest_pid() -> int:
-        """The process id that was given last."""
+        """Return the process id that was assigned last (proc(5): loadavg)."""
         return int(_read("/proc/loadavg").rsplit(None, 1)[1])
 
-    def _processes(since: int = 0) -> Iterator[_Found]:
-        """Every process that started since a moment, and then those that were made meanwhile, until there are none.
+    def _processes(since: int = 0) -> Iterator[_ProcessInfo]:
+        """Yield every process that started since `since`, then those created during the scan, until none is new.
 
-        TimeoutError where they are still being made after a while. Only our own work counts: on a busy machine others
-        run, and make processes, between any two of our steps.
+        Raise TimeoutError if new ones still appear after 50 ms of CPU time of this thread. Wall time would not do:
+        on a busy machine, other processes run and fork between any two steps of the scan.
         """
         if not _HAS_PROC:
             yield from _ps(since)
@@ -4930,15 +4934,15 @@ else:
         while pids:
             yield from filter(None, (_find(pid, since) for pid in pids))
             before, newest = newest, _newest_pid()
-            pids = range(before + 1, newest + 1) if newest >= before else _pids()  # the numbers begin anew at times
+            pids = range(before + 1, newest + 1) if newest >= before else _pids()  # process ids have wrapped around
             if pids and time.thread_time() > deadline:
                 raise TimeoutError
 
     def _pids() -> list[int]:
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
-    def _ps(since: int) -> Iterator[_Found]:
-        """The same from `ps`, which shows the environment after the command."""
+    def _ps(since: int) -> Iterator[_ProcessInfo]:
+        """Yield the same processes from `ps`, which prints the environment after the command."""
         import subprocess
 
         options = ["ps", "-axEww", "-o", "pid=,ppid=,pgid=,stat=,lstart=,command="]
@@ -4950,10 +4954,12 @@ else:
             tags = re.findall(rf" {RUN_TAG}=(\S+)", command)
             if state[0] != "Z" and start >= since and int(pid) != ps.pid:
                 name = os.path.basename(command.split()[0])
-                yield _Found(int(pid), start, int(parent), int(group), name, _run_number(tags[0]) if tags else None)
+                yield _ProcessInfo(
+                    int(pid), start, int(parent), int(group), name, _run_number(tags[0]) if tags else None
+                )
 
     def _writes_to(pid: int, file: tuple[int, int]) -> bool:
-        """Does a process hold a file open for writing? It is known by its device and inode, whatever its path."""
+        """Tell whether a process has a file open for writing, by device and inode, since its path may have changed."""
         folder = f"/proc/{pid}/fd"
         with contextlib.suppress(OSError):
             for fd in os.listdir(folder):
@@ -4963,13 +4969,13 @@ else:
         return False
 
     def _send(process: _Identity, number: int) -> None:
-        """Signal a process unless its id has gone to another meanwhile; PermissionError where it is not ours to end."""
+        """Signal a process unless another has its id now; raise PermissionError if the user may not signal it."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            if not hasattr(os, "pidfd_open"):  # macOS, and Pythons that were built on an old Linux
+            if not hasattr(os, "pidfd_open"):  # macOS, and a Python built on an old Linux
                 if any((found.pid, found.start) == process for found in _processes()):
                     os.kill(process[0], number)
                 return
-            fd = os.pidfd_open(process[0])  # from here on the id cannot change hands under us
+            fd = os.pidfd_open(process[0])  # the descriptor stays with this process, even if its id is reused
             try:
                 if _stat(process[0])[3] == process[1]:
                     signal.pidfd_send_signal(fd, number)
@@ -4977,7 +4983,7 @@ else:
                 os.close(fd)
 
     def _is_hidden(pid: int) -> bool:
-        """Is there a process that is not ours and that /proc does not show (its option hidepid)?"""
+        """Tell whether a process of another user exists that /proc does not show (proc(5): hidepid)."""
         try:
             os.kill(pid, 0)
         except PermissionError:
@@ -4987,37 +4993,38 @@ else:
         return False
 
     class _Family:
-        """The processes of one attempt: all that have its run number, and what is related to them."""
+        """The processes of one attempt: all with its run number, and those without one that are related to them."""
 
         def __init__(
             self, run_tag: str, command: Command | None, reaper: int = -1,
-            writes: Callable[[int], bool] = lambda pid: False, between: Callable[[], object] = lambda: None,
+            writes: Callable[[int], bool] = lambda pid: False, before_scan: Callable[[], object] = lambda: None,
         ) -> None:  # fmt: skip
             self._run, self._command, self._reaper = _run_number(run_tag), command, reaper
-            self._writes, self._between = writes, between  # is the log open there? And what is to be done between looks
-            self._members: set[_Identity] = set()  # all that were ever seen
-            self._refusing: set[_Identity] = set()  # those that are not ours to signal
+            # `writes` tells whether a process has the log open for writing.
+            self._writes, self._before_scan = writes, before_scan
+            self._members: set[_Identity] = set()  # all processes that any scan has found
+            self._not_permitted: set[_Identity] = set()  # those that this user may not signal
 
-        def ask_to_leave(self, grace_s: float, meanwhile: Callable[[], None]) -> None:
-            """Send SIGTERM, and wait until all have gone or the grace is over."""
+        def terminate(self, grace_s: float, meanwhile: Callable[[], None]) -> None:
+            """Send SIGTERM, and wait until all processes have ended or the grace is over."""
             deadline = time.monotonic() + grace_s
-            # By id, so parents before their children: a shell hears of it before it misses the command
-            # that it waits for, and can clean up. One that is stopped cannot hear.
+            # The order is by process id, so parents come before their children: a shell gets the signal before
+            # the end of its command, and can clean up. A stopped process handles SIGTERM only after SIGCONT.
             self._signal(signal.SIGTERM, signal.SIGCONT)
-            while time.monotonic() < deadline and self._signal().keys() - self._refusing:
+            while time.monotonic() < deadline and self._signal().keys() - self._not_permitted:
                 meanwhile()
                 time.sleep(0.03)
 
         def end(self, timeout_s: float) -> list[str]:
-            """Kill them all, and what they start meanwhile; those that are still there after that time.
+            """Kill all processes, and those that they start meanwhile; return those that remain after the timeout.
 
-            They are stopped first, until nobody new appears: what forks as fast as we kill cannot get away.
+            SIGSTOP comes first, until a scan finds no new process: so none that forks quickly escapes SIGKILL.
             """
             deadline = time.monotonic() + timeout_s
             known: set[_Identity] = set()
             number = signal.SIGSTOP
             while found := self._signal(number):
-                if time.monotonic() > deadline or found.keys() <= self._refusing:
+                if time.monotonic() > deadline or found.keys() <= self._not_permitted:
                     break
                 number = signal.SIGKILL if found.keys() <= known else signal.SIGSTOP
                 known |= found.keys()
@@ -5025,11 +5032,11 @@ else:
             return [f"{pid} ({name})" if pid else name for (pid, _), name in found.items()]
 
         def _signal(self, *numbers: int) -> dict[_Identity, str]:
-            """Send signals to each of them; their names.
+            """Send signals to each process; return their names.
 
-            Nobody is there only if every process that was made during the look has been looked at too.
+            The result is empty only if the scan has covered all processes that were created while it ran.
             """
-            self._between()
+            self._before_scan()
             found: dict[_Identity, str] = {}
             pids: set[int] = set()
             try:
@@ -5045,8 +5052,8 @@ else:
             self._members |= found.keys()
             return found
 
-        def _has(self, process: _Found, pids: set[int]) -> bool:
-            """Does a process belong to the attempt? One that tells no run does if it is related to others that do."""
+        def _has(self, process: _ProcessInfo, pids: set[int]) -> bool:
+            """Tell whether a process belongs to the attempt: by run number, or if it has none, by its relatives."""
             if (process.pid, process.start) in self._members:
                 return True
             if process.run is not None or process.pid == os.getpid():
@@ -5064,12 +5071,12 @@ else:
                 for number in numbers:
                     _send(process, number)
             except PermissionError:
-                self._refusing.add(process)
+                self._not_permitted.add(process)
             except OSError:
-                pass  # it has gone
+                pass  # the process has ended
 
     class Process:
-        """A command in a session of its own, whose orphans come to this process."""
+        """A command in a session of its own; this process adopts its orphans."""
 
         def __init__(
             self, command: str | list[str], cwd: str, env: dict[str, str], log: str, run_tag: str,
@@ -5078,40 +5085,40 @@ else:
             self._exit: Exit | None = None
             words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
             since = _ticks()
-            os.chdir(cwd)  # the child begins where we are: posix_spawn has no such option
-            _hand_down(run_tag)
+            os.chdir(cwd)  # the child inherits it: posix_spawn(3) has no portable option for it
+            _set_run_number(run_tag)
             try:
                 pid = _spawn(words, {**env, RUN_TAG: run_tag}, log, stdin)
             finally:
-                _hand_down(NO_ATTEMPT)
-                os.chdir("/")  # its file system can be unmounted
+                _set_run_number(NO_ATTEMPT)
+                os.chdir("/")  # so that the file system of `cwd` can be unmounted
             self.command = Command(pid, since, _ticks())
-            self._family = _Family(run_tag, self.command, os.getpid(), between=self.poll)
+            self._family = _Family(run_tag, self.command, os.getpid(), before_scan=self.poll)
 
         def poll(self) -> Exit | None:
-            """How it ended; None while it runs. Orphans that ended are seen off."""
-            with contextlib.suppress(ChildProcessError):  # nothing is left
+            """Return how the command ended, None while it runs; reap ended orphans too."""
+            with contextlib.suppress(ChildProcessError):  # no child is left
                 while (ended := os.wait4(-1, os.WNOHANG))[0]:
                     if ended[0] == self.command.pid:
                         self._exit = _exit_of(*ended[1:])
             return self._exit
 
         def end(self, grace_s: float, meanwhile: Callable[[], None] = lambda: None) -> list[str]:
-            """End it and all that it started: SIGTERM, and after the grace SIGKILL; what is still there then.
+            """End the command and all that it started: SIGTERM, after the grace SIGKILL; return what remains.
 
-            `meanwhile` is called now and then during the grace.
+            `meanwhile` is called repeatedly during the grace.
             """
             if grace_s:
-                self._family.ask_to_leave(grace_s, meanwhile)
+                self._family.terminate(grace_s, meanwhile)
             return self._family.end(timeout_s=1.0)
 
         def close(self) -> None:
-            """Leave alone what still runs, and forget it."""
+            """Do nothing: processes that still run go on."""
 
-    _SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}  # those that a process can ignore
+    _SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}  # the signals that a process can ignore
 
     def _spawn(words: list[str], env: Mapping[str, str], log: str, stdin: int | None) -> int:
-        """Start a program in a session of its own; its process id."""
+        """Start a program in a session of its own; return its process id."""
         return os.posix_spawn(
             _program(words[0], env.get("PATH", os.defpath)), words, env,
             file_actions=[
@@ -5120,7 +5127,7 @@ else:
                 (os.POSIX_SPAWN_OPEN, 1, log, _APPENDING, 0o600),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
-            setsid=True, setsigmask=(), setsigdef=_SIGNALS,  # whoever started the worker may have ignored some
+            setsid=True, setsigmask=(), setsigdef=_SIGNALS,  # the parent of the worker may have ignored some
         )  # fmt: skip
 
     def _exit_of(status: int, usage: Any) -> Exit:
@@ -5129,41 +5136,42 @@ else:
         return Exit(code, None, rss, cpu_s) if code >= 0 else Exit(None, -code, rss, cpu_s)
 
     def _program(word: str, path: str) -> str:
-        """The file that a word means, by the PATH that its command will see."""
+        """Return the file that a word means, by the PATH of the command."""
         if "/" in word:
             return word
         import shutil
 
         return shutil.which(word, path=path) or word
 
-    # execve(2): MAX_ARG_STRLEN, which only Linux has; and what each string costs besides its bytes.
-    _MOST_IN_A_STRING = 32 * os.sysconf("SC_PAGE_SIZE") - 1 if _HAS_PROC else sys.maxsize
-    _STRING_COST, _FEW_BYTES = 9, 100_000
+    # execve(2): MAX_ARG_STRLEN, which only Linux has; then the null byte and the pointer that each string takes;
+    # then the size up to which no system refuses.
+    _MAX_STRING_BYTES = 32 * os.sysconf("SC_PAGE_SIZE") - 1 if _HAS_PROC else sys.maxsize
+    _STRING_OVERHEAD, _SAFE_BYTES = 9, 100_000
     _SHELL_WORDS = re.compile(
         r"[.:{!(]|alias|bg|break|case|cd|command|continue|eval|exec|exit|export|fg|for|getopts|hash|if|jobs|local|read|"
         "readonly|return|set|shift|times|trap|type|ulimit|umask|unalias|unset|until|wait|while"
     )
 
     def refuse_too_long(command: str | list[str], env: Mapping[str, str]) -> None:
-        """BadInput where this system could not start such a command, or not give it such an environment."""
+        """Raise BadInput if a command and its environment are too long for this system."""
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else command
         variables = [f"{name}={value}" for name, value in env.items()]
         strings = words + variables
-        if 4 * sum(map(len, strings)) + _STRING_COST * len(strings) < _FEW_BYTES:  # UTF-8 takes 4 at the most
+        if 4 * sum(map(len, strings)) + _STRING_OVERHEAD * len(strings) < _SAFE_BYTES:  # UTF-8: at most 4 bytes each
             return
         for field, given in (("command", words), ("env", variables)):
             longest = max((len(string.encode()) for string in given), default=0)
-            if longest > _MOST_IN_A_STRING:
-                more = f"{longest} bytes in one string, and this system takes {_MOST_IN_A_STRING}; put it in a file"
+            if longest > _MAX_STRING_BYTES:
+                more = f"{longest} bytes in one string, and this system takes {_MAX_STRING_BYTES}; put it in a file"
                 raise BadInput(f"field {field!r} has {more}")
         here = [f"{name}={value}" for name, value in os.environ.items() if name not in env]
-        total, most = sum(len(os.fsencode(s)) + _STRING_COST for s in strings + here), os.sysconf("SC_ARG_MAX")
+        total, most = sum(len(os.fsencode(s)) + _STRING_OVERHEAD for s in strings + here), os.sysconf("SC_ARG_MAX")
         if 0 < most < total:
             more = f"{total} bytes with the environment, and this system takes {most}; put them in a file"
             raise BadInput(f"fields 'command' and 'env' have {more}")
 
     def program_problem(word: str, cwd: str, path: str) -> str | None:
-        """Why a file that is there cannot be run; None where there is none, or nothing is wrong with it."""
+        """Return why an existing file cannot be run; None if there is no file, or no problem with it."""
         file = os.path.join(cwd, _program(word, path))
         if os.path.isdir(file):
             return "it is a directory"
@@ -5173,57 +5181,57 @@ else:
             return f"it is not executable; run: {command_line(['chmod', '+x', file])}"
         try:
             with open(file, "rb") as opened:
-                return _head_problem(opened.read(256), file)
+                return _header_problem(opened.read(256), file)
         except OSError:
-            return None  # it may be run, and not read
+            return None  # an executable file may be unreadable
 
-    def _head_problem(head: bytes, file: str) -> str | None:
-        """What the first bytes of a program say about why it does not start."""
+    def _header_problem(head: bytes, file: str) -> str | None:
+        """Return why a program does not start, as far as its first bytes show it."""
         if head.startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"MZ")):
             return "it is built for another system, or its loader is missing"
         if not head.startswith(b"#!"):
             return f"it has no #! line that says what runs it; name that first: {command_line(['sh', file])}"
         line = os.fsdecode(head[2:].split(b"\n")[0]).strip(" \t")
         if line.endswith("\r"):
-            mend = f"sed -i.bak 's/\\r$//' {command_line([file])}"
-            return f"its lines end in CR LF, as on Windows, so the system looks for {line!r}; run: {mend}"
+            fix = f"sed -i.bak 's/\\r$//' {command_line([file])}"
+            return f"its lines end in CR LF, as on Windows, so the system looks for {line!r}; run: {fix}"
         interpreter = line.split(None, 1)[0] if line else ""
         if not os.path.exists(interpreter):
             return f"its interpreter {interpreter!r} does not exist"
         return None if os.access(interpreter, os.X_OK) else f"its interpreter {interpreter!r} is not executable"
 
     def is_shell_word(word: str) -> bool:
-        """Does only a shell know a word?"""
+        """Tell whether a word is a builtin or a keyword of the shell."""
         return bool(_SHELL_WORDS.fullmatch(word))
 
     def in_one_word(words: Sequence[str]) -> str:
-        """Words as one word, as it is typed in a shell."""
+        """Quote words as one argument, as one types it in a shell."""
         return command_line([command_line(list(words))])
 
     class Leftovers:
-        """What a dead worker's attempt left running.
+        """The processes that remain of a dead worker's attempt.
 
-        It is found by its run number; where that was given up, as the command that is on record, by parents and
-        sessions, or by the log that it holds open. The log of a later attempt is the same: that sign counts only
-        as long as the attempt is under way, since none can begin before that.
+        They are found by their run number. Those that have dropped it are found as the recorded command, by parent
+        and session, or by the log that they have open. A later attempt writes to the same log. So the open log counts
+        only while the database still has the attempt as running, since no later one can begin before that ends.
         """
 
-        def __init__(self, run_tag: str, command: Command | None, log: str, is_under_way: Callable[[], bool]) -> None:
-            self._log, self._is_under_way = log, is_under_way
+        def __init__(self, run_tag: str, command: Command | None, log: str, is_running: Callable[[], bool]) -> None:
+            self._log, self._is_running = log, is_running
             self._file: tuple[int, int] | None = None
             self._family = _Family(run_tag, command, writes=self._writes)
 
         def _writes(self, pid: int) -> bool:
-            return self._file is not None and _writes_to(pid, self._file) and self._is_under_way()
+            return self._file is not None and _writes_to(pid, self._file) and self._is_running()
 
         def end(self, timeout_s: float) -> list[str]:
-            """End it; what is still there after that time."""
-            with contextlib.suppress(OSError):  # it has no log
+            """End the processes; return those that remain after the timeout."""
+            with contextlib.suppress(OSError):  # there is no log
                 self._file = file_identity(self._log)
             return self._family.end(timeout_s)
 
     def memory_kills() -> int:
-        """How many processes this system has ended for want of memory; only Linux tells (proc(5): vmstat)."""
+        """Return the number of out-of-memory kills of the system; only Linux reports it (proc(5): vmstat)."""
         try:
             with open("/proc/vmstat", "rb") as file:
                 return int(file.read().partition(b"oom_kill ")[2].split()[0])
@@ -5233,23 +5241,27 @@ else:
     # ---- worker processes
 
     def become_worker(on_stop: Callable[[], None]) -> None:
-        """Let signals mean: finish and leave; keep descriptors from jobs; adopt their orphans."""
+        """Set up this process as a worker.
+
+        SIGTERM and SIGINT call `on_stop`: the worker finishes its job and exits. Jobs inherit no descriptors. The
+        worker adopts their orphans.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: on_stop())
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for number in (signal.SIGCHLD, signal.SIGIO):  # the one rings the bell; the other says that a lease was broken
+        for number in (signal.SIGCHLD, signal.SIGIO):  # child ended: wakes `Bell`; lease broken (fcntl(2))
             signal.signal(number, lambda *_: None)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked them
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some
         for fd in _open_descriptors():
             with contextlib.suppress(OSError):
                 os.set_inheritable(fd, False)
         pr_set_child_subreaper, m_trim_threshold = 36, -1
-        with contextlib.suppress(AttributeError, OSError):  # Linux and its glibc have these alone
+        with contextlib.suppress(AttributeError, OSError):  # only Linux and glibc have these
             _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-            _libc().mallopt(m_trim_threshold, 64 << 20)  # memory goes back and forth with every statement otherwise
+            _libc().mallopt(m_trim_threshold, 64 << 20)  # else glibc returns memory after each statement
 
     def _open_descriptors() -> list[int]:
-        """The descriptors of this process, and one that has just been closed."""
+        """Return the descriptors of this process, and that of the listing, which is closed again."""
         return [int(name) for name in os.listdir("/dev/fd")]
 
     def _libc() -> Any:
@@ -5258,9 +5270,9 @@ else:
         return ctypes.CDLL(None)
 
     def start_detached(home: Home, arguments: Sequence[str], serve: Callable[[], None]) -> TextIO:
-        """A worker process of its own; what it has to say until it is up, and then nothing.
+        """Start a worker process; return the stream of its output, which ends when it is up.
 
-        It is forked, so that workers share the memory of what has been imported before.
+        The process is forked, so that workers share the memory of all modules that are imported before.
         """
         _share_memory()
         reader, writer = os.pipe()
@@ -5274,7 +5286,7 @@ else:
             os._exit(0)
 
     def _share_memory() -> None:
-        """Import what workers need before they are forked, and keep collections from copying its pages."""
+        """Import what workers need before the fork, and exempt it from garbage collection, which would copy pages."""
         import ctypes  # noqa: F401
         import gc
         import logging  # noqa: F401
@@ -5285,18 +5297,18 @@ else:
         gc.freeze()
 
     def _detach(output: int) -> None:
-        """Leave the session, the directory and the open files of whoever forked us."""
+        """Leave the session, the working directory and the open files of the parent."""
         os.setsid()
-        os.chdir("/")  # so that the file system it was started from can be unmounted
+        os.chdir("/")  # so that the file system of the parent's directory can be unmounted
         for fd, target in ((os.open(os.devnull, os.O_RDWR), 0), (output, 1), (output, 2)):
             os.dup2(fd, target)
         for fd in filter(lambda fd: fd > 2, _open_descriptors()):
-            with contextlib.suppress(OSError):  # a lock that a script holds is not the worker's
+            with contextlib.suppress(OSError):  # an inherited descriptor may hold a script's flock(2)
                 os.close(fd)
 
     def leave_job(arguments: Sequence[str]) -> None:
-        """Start over without the run tag of the job that starts this worker: it is not of that attempt."""
-        _hand_down(NO_ATTEMPT)
+        """Execute this program again without the run tag of the job that starts this worker, if a job does."""
+        _set_run_number(NO_ATTEMPT)
         if os.environ.get(RUN_TAG, NO_ATTEMPT) != NO_ATTEMPT:
             command = [sys.executable, os.path.abspath(__file__), *arguments]
             os.execve(sys.executable, command, {**os.environ, RUN_TAG: NO_ATTEMPT})
@@ -5308,7 +5320,7 @@ else:
 
 
 def open_home() -> Home:
-    """The home that QUEUECTL_HOME names, made for its owner alone where it is missing."""
+    """Return the home that QUEUECTL_HOME names; create it for its owner alone if it is missing."""
     given = expanded(os.environ.get("QUEUECTL_HOME") or "~/.queuectl", "set QUEUECTL_HOME to a whole path")
     try:
         home = Home(os.path.realpath(given))
@@ -5324,18 +5336,18 @@ def open_home() -> Home:
 
 
 def expanded(path: str, otherwise: str) -> str:
-    """A path with the `~` at its beginning as a shell reads it; BadInput where no home directory is known."""
-    whose = path.partition("/")[0].partition(os.sep)[0]
-    if not whose.startswith("~"):
+    """Expand a leading `~` as a shell does; raise BadInput if no home directory is known."""
+    user = path.partition("/")[0].partition(os.sep)[0]
+    if not user.startswith("~"):
         return path
     found = os.path.expanduser(path)
-    if not os.path.isabs(found) or (whose == "~" and os.environ.get("HOME") == ""):
-        raise BadInput(f"no home directory is known for {whose} in {path!r}; {otherwise}")
+    if not os.path.isabs(found) or (user == "~" and os.environ.get("HOME") == ""):
+        raise BadInput(f"no home directory is known for {user} in {path!r}; {otherwise}")
     return found
 
 
 def directory_problem(path: str) -> str | None:
-    """Why no command can start in a directory; None where one can."""
+    """Return why no command can start in a directory; None if one can."""
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -5348,7 +5360,7 @@ def directory_problem(path: str) -> str | None:
 
 
 def home_problems(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> Iterator[str]:
-    """What is wrong with a home besides its database, which tells whether it has a job and which workers there are."""
+    """Yield the problems of a home outside its database; `has_job` and `workers` ask the database."""
     for path in (home.path, home.database, home.worker_log):
         shown = printable(path)
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
@@ -5363,28 +5375,28 @@ def home_problems(home: Home, has_job: Callable[[str], bool], workers: Callable[
 
 
 def stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> list[str]:
-    """The files among the logs that belong to no job, and to no worker."""
-    names = set(os.listdir(home.logs))  # first: a worker that starts meanwhile has its row before its spool
+    """Return the names of the files among the logs that belong to no job and no worker."""
+    names = set(os.listdir(home.logs))  # before the rows are read: a worker has its row before its spool
     names -= {os.path.basename(home.spool(worker)) for worker in workers()}
     jobs = {name: name.removeprefix(".").removesuffix(".log") for name in names if name.endswith(".log")}
     return sorted(name for name in names if not (name in jobs and has_job(jobs[name])))
 
 
 def remove_stray_logs(home: Home, has_job: Callable[[str], bool], workers: Callable[[], Iterable[int]]) -> None:
-    """Remove what `stray_logs` names."""
+    """Remove the files that `stray_logs` returns."""
     for name in stray_logs(home, has_job, workers):
         remove_file(os.path.join(home.logs, name))
 
 
 def free_bytes(path: str) -> int:
-    """What the disk that holds a path has left."""
+    """Return the free space of the disk that holds a path."""
     import shutil
 
     return shutil.disk_usage(path).free
 
 
 def make_private(home: Home) -> None:
-    """Take the home and what is ours in it from everybody but their owner."""
+    """Restrict the home, its database and its worker log to their owner."""
     os.chmod(home.path, 0o700)
     for file in (home.database, home.worker_log):
         with contextlib.suppress(OSError):
@@ -5393,14 +5405,14 @@ def make_private(home: Home) -> None:
 
 
 def require_file(path: str) -> str:
-    """A path that must lead to a file."""
+    """Return a path; raise NotFound if there is no file."""
     if not os.path.isfile(path):
         raise NotFound(f"there is no file {printable(path)}")
     return path
 
 
 def refuse_own(home: Home, path: str) -> None:
-    """BadInput where a copy of the queue would be a part of the queue itself, or no file."""
+    """Raise BadInput if a path for a backup is a file of the database itself, or exists and is no file."""
     if os.path.realpath(path) in (home.database + end for end in ("", "-wal", "-shm")):
         raise BadInput("that is the queue itself; name another file")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -5409,11 +5421,11 @@ def refuse_own(home: Home, path: str) -> None:
 
 @contextlib.contextmanager
 def new_file_for(path: str) -> Iterator[str]:
-    """A new file beside that of a path, for its owner alone, which takes its place in one step once it is whole."""
+    """Give a private temporary file in the directory of a path; rename it to the path when the block succeeds."""
     import tempfile
 
     folder, name = os.path.split(path)
-    fd, made = tempfile.mkstemp(".part", f".{name}.", folder or os.curdir)  # never one that somebody has made
+    fd, made = tempfile.mkstemp(".part", f".{name}.", folder or os.curdir)  # never an existing file
     os.close(fd)
     try:
         yield made
@@ -5424,7 +5436,7 @@ def new_file_for(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def workspace(home: Home) -> Iterator[str]:
-    """A directory in the home for what is made on the way, and gone after it."""
+    """Give a temporary directory in the home; remove it after the block."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=home.path) as path:
@@ -5432,7 +5444,7 @@ def workspace(home: Home) -> Iterator[str]:
 
 
 def is_regular(path: str) -> bool:
-    """Is there a regular file at a path, and no FIFO, directory or link?"""
+    """Tell whether a path is a regular file, and no FIFO, directory or link."""
     try:
         return os.access(path, os.F_OK) and stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
@@ -5440,15 +5452,15 @@ def is_regular(path: str) -> bool:
 
 
 def install_unit(name: str, text: str, force: bool) -> str:
-    """Write a systemd user unit to where its owner's systemd looks for it; where that is.
+    """Write a systemd unit to the directory of the user's units; return its path.
 
-    QueueError where another of that name is there, unless it is to be replaced.
+    Raise QueueError if a different unit of that name exists and `force` is false.
     """
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     path = os.path.join(config, "systemd", "user", name)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if os.path.exists(path) and not force and not _holds(path, text):
+        if os.path.exists(path) and not force and not _has_text(path, text):
             raise QueueError(f"{path} is there already and differs; to replace it: --force")
         with open(f"{path}.part", "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
@@ -5458,13 +5470,13 @@ def install_unit(name: str, text: str, force: bool) -> str:
     return path
 
 
-def _holds(path: str, text: str) -> bool:
+def _has_text(path: str, text: str) -> bool:
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read() == text
 
 
 def size_of(path: str) -> int:
-    """Bytes in a file; none where there is no file."""
+    """Return the size of a file in bytes; 0 if there is no file."""
     try:
         return os.path.getsize(path)
     except OSError:
@@ -5472,91 +5484,91 @@ def size_of(path: str) -> int:
 
 
 def make_private_file(path: str) -> None:
-    """A file for its owner alone; one that is there stays as it is. OSError where it is no file."""
+    """Create a file for its owner alone; leave an existing one unchanged. Raise OSError if it is no regular file."""
     os.close(require_regular(os.open(path, os.O_CREAT | os.O_RDWR | NONBLOCK, 0o600), path))
 
 
 def now_ms() -> int:
-    """The time of day in milliseconds since 1970."""
+    """Return the wall-clock time in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 class Clock:
-    """Time and chance as a worker sees them; a test gives its own."""
+    """The time source and random source of a worker; a test passes its own."""
 
     def now_ms(self) -> int:
-        """The time of day in milliseconds since 1970."""
+        """Return the wall-clock time in milliseconds since 1970."""
         return now_ms()
 
     def monotonic_s(self) -> float:
-        """Seconds that nobody sets."""
+        """Return monotonic time in seconds, which a change of the clock does not affect."""
         return time.monotonic()
 
     def chance(self) -> float:
-        """A number from 0 to 1: fair enough to spread retries and checkpoints."""
+        """Return a number from 0 to 1, random enough to spread retries and checkpoints."""
         return time.perf_counter_ns() % 999_983 / 999_983
 
 
 def own_pid() -> int:
-    """The id of this process."""
+    """Return the id of this process."""
     return os.getpid()
 
 
 def host_name() -> str:
-    """The name of this machine."""
+    """Return the name of this machine."""
     import socket
 
     return socket.gethostname()
 
 
 def python_version() -> str:
-    """Of the interpreter that runs this."""
+    """Return the version of the running interpreter."""
     return sys.version.split()[0]
 
 
 def wants_colour() -> bool | None:
-    """False where the user said NO_COLOR; None leaves it to the terminal."""
+    """Return False if NO_COLOR is set, else None, which leaves the decision to click."""
     return False if os.environ.get("NO_COLOR") else None
 
 
 def terminal_columns() -> int:
-    """How wide the terminal is; 80 where it does not say."""
+    """Return the width of the terminal; 80 if it reports none."""
     import shutil
 
-    return shutil.get_terminal_size().columns or 80  # Python 3.10 hands on what a terminal of no size says
+    return shutil.get_terminal_size().columns or 80  # Python 3.10 may return a reported width of 0
 
 
 def terminal_rows() -> int:
-    """How high the terminal is."""
+    """Return the height of the terminal."""
     import shutil
 
     return shutil.get_terminal_size().lines
 
 
 def has_screen() -> bool:
-    """Does standard output go to a terminal that can be drawn on?"""
+    """Tell whether standard output is a terminal that can move its cursor."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def silence_output() -> None:
-    """Whoever reads our output has gone: let what is left of it go nowhere."""
+    """Discard further output, since the reader of standard output has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def is_reader_gone(error: OSError) -> bool:
-    """Has whoever read our output seen enough? Windows says EINVAL then."""
+    """Tell whether an error means that the reader has closed our output; Windows reports EINVAL for that."""
     return error.errno in (errno.EPIPE, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Exit without taking the interpreter apart: a tenth of the time that a short command takes."""
+    """Exit without the interpreter's shutdown, which is a tenth of the run time of a short command."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # a stream that was closed at the start is None
+            os.open(os.devnull, os.O_RDWR)  # open(2) returns the lowest free number, which is `fd`
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # Python sets a closed stream to None
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
     try:
         yield
@@ -5565,13 +5577,13 @@ def leaving_at_once() -> Iterator[None]:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError as error:  # whoever read it may just have seen enough
+        except OSError as error:  # a reader that has closed our output is no failure
             code = code or int(not is_reader_gone(error))
         os._exit(exit_status(code))
 
 
 def here(directory: str = "", otherwise: str = "give --cwd with a whole path") -> str:
-    """A path as seen from where we are, `~` expanded."""
+    """Return the absolute path of a path, with `~` expanded; raise QueueError if the current directory is gone."""
     try:
         return os.path.abspath(expanded(directory, "give the whole path") or os.curdir)
     except FileNotFoundError:
@@ -5579,7 +5591,7 @@ def here(directory: str = "", otherwise: str = "give --cwd with a whole path") -
 
 
 def with_values(words: Sequence[str]) -> tuple[str, ...]:
-    """`K=V` as typed, and `K` with the value that it has here; BadInput where it has none."""
+    """Complete each `K` with its value in this environment, leave `K=V`; raise BadInput if `K` is not set."""
     for word in words:
         if "=" not in word and word not in os.environ:
             raise BadInput(f"--env names {word}, which is not set here; say {word}=VALUE")
@@ -5587,9 +5599,9 @@ def with_values(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """The environment that every job of this worker begins with.
+    """Return the environment that every job of this worker inherits.
 
-    OLDPWD is left out: it names a directory of whoever started the worker. PWD is set for each job.
+    It lacks OLDPWD, which names a directory of the process that started the worker. PWD is set for each job.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith("QUEUECTL_") and name != "OLDPWD"}
 

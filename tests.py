@@ -3287,11 +3287,11 @@ def test_platform_sees_only_what_is_in_its_namespace() -> None:
         return
     boot, namespace, pid, start = own.split(":")
     same(q.can_see(f"another:1:{pid}:{start}"), True)
-    if namespace != q._FIRST_NAMESPACE:
+    if namespace != q._INITIAL_NAMESPACE:
         same([q.can_see(f"{boot}:1:{pid}:{start}"), q.can_see(f"{boot}:1:1:{start}")], [False, True])
-    same([q._lives(own), q._lives(f"{boot}:{namespace}:{pid}:1")], [True, False])
-    same(q._lives(f"another:{namespace}:{pid}:{start}"), False)
-    same([(q._lives(damaged), q.can_see(damaged)) for damaged in ("", "x", "a:b:c:d")], [(False, True)] * 3)
+    same([q._is_process_alive(own), q._is_process_alive(f"{boot}:{namespace}:{pid}:1")], [True, False])
+    same(q._is_process_alive(f"another:{namespace}:{pid}:{start}"), False)
+    same([(q._is_process_alive(damaged), q.can_see(damaged)) for damaged in ("", "x", "a:b:c:d")], [(False, True)] * 3)
 
 
 HOPPER = """#include <unistd.h>

@@ -4844,7 +4844,7 @@ def test_worker_sees_off_what_a_job_has_left_behind(home: Home) -> None:
     until(lambda: children.read_text() == "")
 
 
-NEVER_POLLS = "q.DUTY_S = q.MOST_IDLE_POLL_S = 3600.0\n"
+NEVER_POLLS = "q.DUTY_S = q.MAX_IDLE_POLL_S = 3600.0\n"
 
 
 @posix

@@ -5,39 +5,42 @@
 # ///
 """queuectl: a background job queue for commands, in one file, over one SQLite database.
 
-    queuectl enqueue -- make report      # on disk once its id is printed
-    queuectl worker start --count 4      # four processes that outlive the terminal
-    queuectl status                      # is it working, and what should I do
+    queuectl enqueue -- make report      # the job is on disk once its id is printed
+    queuectl worker start --count 4      # start four processes that outlive the terminal
+    queuectl status                      # show whether the queue works, and the command that helps
 
-What makes it right:
+Guarantees:
 
-1. `jobs` is the truth. A state changes only inside a transaction of the store, and every
-   change that ends an attempt names its worker and its attempt: a late one changes nothing.
-2. A worker lives exactly as long as its process holds a lock, which the system drops with it.
-   Neither a process id alone nor elapsed time is ever taken for life or death.
-3. A dead worker's job is tried again only after what it left running has been ended, found by
-   the number that every process of an attempt inherits. What cannot be ended keeps it waiting.
-4. A worker that cannot record a result keeps it and tries again; it never runs the command
-   a second time for it.
+1. The table `jobs` is the truth. States change only inside transactions of the store. A change
+   that ends an attempt names its worker and its start, so a late one changes nothing.
+2. A worker is alive while its process holds the lock on `bells/<worker>.life` (on Windows: a
+   named event). The system drops it with the process. Neither a process id alone nor elapsed
+   time proves life or death.
+3. The job of a dead worker is retried only after all processes of the lost attempt have ended.
+   They are known by the run number (RLIMIT_LOCKS) and the run tag (environment) that they
+   inherit, by the command on record, and by their open log (device and inode); on Windows by
+   their job object. While one cannot be ended, the job waits.
+4. A worker that cannot record a result keeps it and tries again. It does not run the command
+   again for that reason.
 
 The file, from top to bottom; a section uses only those above it:
 
-    errors          what can go wrong, and the exit code of each
+    errors          the exceptions and their exit codes
     text            values to words, and words to values
-    model           states, jobs, attempts, and the rows that others pass about
-    fields          what input is legal, and how a command line names it
-    templates       many jobs from one line: items, places, quoting for a shell; pure
-    settings        typed configuration, and when a failed job runs again
+    model           states, jobs, attempts, and the rows that sections exchange
+    fields          valid input, and the command line options for it
+    templates       many jobs from one line: items, placeholders, quoting for a shell; pure
+    settings        typed configuration, and the retry policy
     views           jobs and counts to text or JSON; pure
     schema          migrations, append-only
-    database        the connection: transactions, waiting, durability; all of sqlite3
-    store           what a queue is, by noun: all SQL
+    database        connection, transactions, busy waiting, durability; all of sqlite3
+    store           one class a noun (jobs, workers, queues, ...); all SQL
     platform        every difference between systems: spawn, end a tree, wait, wake
     home            the home on disk, the environment, the terminal
     attempts        one attempt, from command to outcome; logs and hooks
-    worker          claim, run, record
+    worker          claim, run, record; recovery of dead workers
     control         starting and stopping workers, cancelling, waiting, following
-    commands        click, and nothing else knows click
+    commands        the command line; all of click
 """
 
 from __future__ import annotations
@@ -68,38 +71,38 @@ except ModuleNotFoundError:
 
 __version__ = "1.0.0"
 
-WAIT_REPORT_S = 1.0  # how often a command that waits for workers tells what it waits for
-END_POLL_S = 1.0  # how often a worker tries to end what it could not end
+WAIT_REPORT_S = 1.0  # report interval of a command that waits for workers
+END_POLL_S = 1.0  # pause between two tries to end processes that survived the first
 POLL_S = 0.25  # poll interval of a worker while its job runs
-DUTY_S = 1.0  # how often a worker does its duties; an idle one of n polls every n times that,
-MOST_IDLE_POLL_S = 10.0  # and at least this often
-MOST_RECOVERY_PAUSE_S = 10.0  # between two tries to end what a dead worker left
-HOOK_TIMEOUT_S = 30.0  # how long a hook may run
-BUSY_TIMEOUT_S = 30.0  # how long a command waits for a database that another program holds
-WORKER_BUSY_TIMEOUT_S = 5.0  # the same for a worker, which then tries again
-BUSY_PAUSES_S = (0.0002, 0.004)  # between two tries for a busy lock: at first, and at most; it doubles
-WRITE_GATE_S = 0.25  # how long a worker waits at the write gate before it goes ahead
-PRUNE_PAUSE_S = 0.01  # between two transactions of `prune`, in which others write
-RESTORE_TRIES = 5  # of a restore while others enqueue
+DUTY_S = 1.0  # interval of the duties of a worker; with n workers an idle one polls every n intervals,
+MAX_IDLE_POLL_S = 10.0  # but at least this often
+MAX_RECOVERY_PAUSE_S = 10.0  # longest pause between two tries to recover a dead worker
+HOOK_TIMEOUT_S = 30.0  # longest run of a hook
+BUSY_TIMEOUT_S = 30.0  # busy timeout of a command: another program holds the lock on the database
+WORKER_BUSY_TIMEOUT_S = 5.0  # busy timeout of a worker, which then tries again
+BUSY_PAUSES_S = (0.0002, 0.004)  # first and longest pause between two tries for a busy lock; it doubles
+WRITE_GATE_S = 0.25  # longest wait of a worker at the write gate; then it writes without it
+PRUNE_PAUSE_S = 0.01  # pause between two transactions of `prune`, for other writers
+RESTORE_TRIES = 5  # tries of a restore while others enqueue
 WAIT_POLL_S = 0.02  # poll interval of a command that waits
 LIMITED_POLL_S = 0.02  # poll interval of an attempt whose output is limited
-LOG_BLOCK = 1 << 20  # bytes of a log that are read at a time, and the longest line that is folded
-LEAST_CUT_BYTES = 4096  # that are left out at a time while the command writes: more than the line that says so
-CUT_TRIES = 20  # of moving what is appended while a log is shortened
-SEAL_BYTES = 64  # of a log, by which it is known whether its command has emptied it
-WATCHED_SLOTS = 16  # workers that watch their spool: a user has 128 watchers in all
+LOG_BLOCK = 1 << 20  # bytes of a log that are read at a time; the longest line that is folded
+MIN_CUT_BYTES = 4096  # least bytes of a cut while the command writes; more than the note about it takes
+CUT_TRIES = 20  # most passes that move appended output while a log is cut
+SEAL_BYTES = 64  # bytes of a log that show, compared later, whether its command has emptied it
+WATCHED_SLOTS = 16  # workers that watch their spool; Linux allows a user 128 watchers (inotify instances) in all
 FOLLOW_POLL_S = 0.1  # poll interval of `logs --follow`
-PAGE_BYTES = 2048  # a job's step changes six or seven pages, and the WAL takes them whole
-CHECKPOINT_CHANCE = 1 / 1500  # of a worker's steps: about 20 MB of the WAL, however many workers there are
-WORKER_CHECKPOINT_PAGES = 32_000  # of the WAL at which a checkpoint comes whatever chance says, in the middle of a step
-BUCKETS_S = (0.01, 0.1, 1, 10, 60, 600, 3600, 86400)  # of the histograms of wait and run time
-WORKER_CACHE_KIB = 512  # a worker looks at few pages; it does not grow with the queue
-LIST_ROWS = 100  # rows that a table shows unless told
-LOW_DISK_BYTES = 100 << 20  # where `doctor` begins to worry
+PAGE_BYTES = 2048  # page size; one step of a job changes six or seven pages, and the WAL stores whole pages
+CHECKPOINT_CHANCE = 1 / 1500  # checkpoint probability of a worker's step: about 20 MB of WAL with any number of workers
+WORKER_CHECKPOINT_PAGES = 32_000  # WAL pages at which SQLite runs a checkpoint itself, inside a step
+BUCKETS_S = (0.01, 0.1, 1, 10, 60, 600, 3600, 86400)  # upper bounds of the histograms of wait and run time
+WORKER_CACHE_KIB = 512  # page cache of a worker; it reads few pages, in a long queue too
+LIST_ROWS = 100  # default row limit of a table
+LOW_DISK_BYTES = 100 << 20  # free space below which `doctor` warns
 MAX_COMMAND_BYTES = 128 * 1024
-MAX_ARRAY = 10_000_000  # numbers of one `enqueue --array`
-MAX_DELAY_S = 100 * 366 * 86_400  # of a job; the moment it leads to must have a date
-MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day that datetime knows
+MAX_ARRAY = 10_000_000  # most numbers of one `enqueue --array`
+MAX_DELAY_S = 100 * 366 * 86_400  # longest delay of a job; the moment that results must have a date
+MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day of datetime
 EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127, 126, 75, 124, 130
 
 
@@ -683,13 +686,13 @@ class StopRequest(NamedTuple):
 
 # ======================================================================== fields
 
-Spec = dict[str, Any]  # the fields of a job to be, checked; Store._as_columns makes columns of them
+Spec = dict[str, Any]  # the checked fields of a new job; `_as_columns` turns them into columns
 _Check = Callable[[Any], Any]
 _DEVICE = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?")
 
 
 def _text(value: Any) -> str:
-    """A string that a command line, a file name and the database can all hold."""
+    """Return a string that a command line, a file name and the database can hold, or raise BadInput."""
     if not isinstance(value, str):
         raise BadInput("must be a string")
     if "\0" in value:
@@ -711,7 +714,7 @@ def _name(value: Any) -> str:
 
 
 def _id(value: Any) -> str:
-    """A name that is also a file name everywhere: Windows keeps some for devices, with any ending."""
+    """Return a name that is also a file name on every system. Windows reserves device names, with any extension."""
     if _DEVICE.fullmatch(_name(value)):
         raise BadInput("is a device name on Windows; choose another")
     return str(value)
@@ -782,7 +785,7 @@ def _environment(value: Any) -> dict[str, str] | None:
 
 
 def _moment(value: Any) -> int:
-    """Unix seconds or ISO 8601 (without a zone: local time) to milliseconds since 1970."""
+    """Convert Unix seconds or ISO 8601 (without a zone: local time) to milliseconds since 1970."""
     if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
         with contextlib.suppress(ValueError, OverflowError, OSError):
             value = datetime.datetime.fromisoformat(re.sub("[Zz]$", "+00:00", value)).timestamp()
@@ -798,7 +801,7 @@ def _nonempty(value: Any) -> str:
 
 
 def option_duration(option: str, text: str | None) -> float:
-    """The seconds that an option of a command names; for ever where it is not given."""
+    """Return the seconds that an option of a command gives, or infinity without the option."""
     try:
         return math.inf if text is None else float(_number(0)(parse_duration(text)))
     except BadInput as error:
@@ -818,12 +821,12 @@ _codes = _list_of(_integer(0, 2**32 - 1), "integers")
 
 
 class Field(NamedTuple):
-    """A field that `enqueue` takes: how its value is checked, how its option is read."""
+    """A field of `enqueue`: the check of its value, and the parser of its option."""
 
     check: _Check
     help: str
     parse: Callable[[Any], Any] = str
-    kind: str = "one"  # of option: "one", "many" or "flag"
+    kind: str = "one"  # kind of option: "one", "many" or "flag"
     metavar: str = "TEXT"
 
 
@@ -852,15 +855,15 @@ FIELDS = {
 }
 
 
-BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {  # what holds where nothing is said
+BLANK: dict[str, Any] = dict.fromkeys(FIELDS) | {  # defaults
     "priority": 0, "queue": "default", "hold": False, "on_lost": "retry", "snooze": False,
 }  # fmt: skip
-STORED = [name for name in FIELDS if name != "delay"]  # each is a column of `jobs`
+STORED = [name for name in FIELDS if name != "delay"]  # the columns of `jobs` that hold fields
 CLEARABLE = [name for name in STORED if name not in ("id", "command", "cwd")]
 
 
 def check_field(name: str, value: Any) -> Any:
-    """The value that a field holds, from what JSON gave. BadInput says what is wrong with it."""
+    """Return the value of a field, from its JSON value. Raise BadInput if it is not valid."""
     if name not in FIELDS:
         raise BadInput(f"unknown field {printable(name)!r}{nearest(name, FIELDS)}")
     try:
@@ -870,7 +873,7 @@ def check_field(name: str, value: Any) -> Any:
 
 
 def check_selection(which: Selection) -> Selection:
-    """The same; BadInput for ids beside another choice, and for a tag or a queue that no job can have."""
+    """Return the selection. Raise BadInput for ids beside a filter, and for a tag or a queue that no job can have."""
     if which.ids and which.is_filter:
         raise BadInput("name jobs by id, or choose them with --tag, --queue, --state or --all: not both")
     for name, value in (("tag", which.tag), ("queue", which.queue)):
@@ -880,16 +883,16 @@ def check_selection(which: Selection) -> Selection:
 
 
 def limited_to(which: Selection, states: Sequence[State]) -> Selection:
-    """Those of a choice without ids that are in one of the states; NOTHING stays nothing."""
+    """Restrict a selection without ids to these states. NOTHING stays NOTHING."""
     if which == NOTHING:
         return which
     return which._replace(states=[state for state in states if which.states is None or state in which.states])
 
 
 def check_fields(fields: Mapping[str, Any], now: int) -> Spec:
-    """The spec that these fields make; `delay` becomes a `run_at` that many seconds after `now` (ms).
+    """Return the spec of these fields. `delay` becomes a `run_at` that many seconds after `now` (ms).
 
-    A clock time in `run_at` is the next one after `now`. BadInput names the field that is wrong.
+    A clock time in `run_at` is the next one after `now`. BadInput names the invalid field.
     """
     if isinstance(text := fields.get("run_at"), str) and (moment := clock_time(text, now)) is not None:
         fields = {**fields, "run_at": moment / 1000}
@@ -902,7 +905,7 @@ def check_fields(fields: Mapping[str, Any], now: int) -> Spec:
 
 
 def check_job(given: Any, now: int, defaults: Mapping[str, Any] | None = None) -> Spec:
-    """The spec of a whole job: of a JSON object, and of what holds where it says nothing."""
+    """Return the spec of a complete job, from a JSON object and defaults for the fields that it omits."""
     if not isinstance(given, dict):
         raise BadInput('a job must be a JSON object like {"command": "echo hello"}')
     spec = check_fields({**(defaults or {}), **given}, now)
@@ -912,7 +915,7 @@ def check_job(given: Any, now: int, defaults: Mapping[str, Any] | None = None) -
 
 
 def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the options of a command line name, as JSON would name them."""
+    """Return the fields that the options of a command line give, with JSON values."""
     fields = {}
     for name, given in options.items():
         if given in (None, (), False):
@@ -925,7 +928,7 @@ def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_batch(lines: Iterable[bytes], now: int, defaults: Mapping[str, Any]) -> Iterator[tuple[str, Spec]]:
-    """The specs of JSON Lines, each with the name of its line; blank lines are passed over."""
+    """Yield the specs of JSON Lines, each with a prefix for errors that names its line. Skip blank lines."""
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -937,22 +940,22 @@ def read_batch(lines: Iterable[bytes], now: int, defaults: Mapping[str, Any]) ->
             raise BadInput(f"line {number}: {error}") from None
 
 
-_FACTS = (
+_READ_ONLY_FIELDS = (
     "state", "attempts", "created_at", "updated_at", "started_at", "finished_at", "exit_code", "error", "worker",
 )  # fmt: skip
-JSON_FIELDS = (*FIELDS, *_FACTS)  # of a job
+JSON_FIELDS = (*FIELDS, *_READ_ONLY_FIELDS)  # keys of a job in JSON
 
 
 def job_json(job: Job) -> dict[str, Any]:
-    """A job as JSON shows it."""
-    shown = {name: getattr(job, name, None) for name in JSON_FIELDS}  # no job has a delay: it has become a run_at
+    """Return a job as a JSON object."""
+    shown = {name: getattr(job, name, None) for name in JSON_FIELDS}  # `delay` is None: it was stored as `run_at`
     for name in ("run_at", "created_at", "updated_at", "started_at", "finished_at"):
         shown[name] = iso_time(shown[name])
     return shown | {"state": job.state.value}
 
 
 def parse_columns(text: str) -> list[str]:
-    """The names of JSON_FIELDS in a list like `id,state`; BadInput for any other word."""
+    """Return the field names in a list like `id,state`. Raise BadInput for a word that is not in JSON_FIELDS."""
     names = [word.strip().replace("-", "_") for word in text.split(",")]
     for name in names:
         if name not in JSON_FIELDS:
@@ -962,18 +965,18 @@ def parse_columns(text: str) -> list[str]:
 
 # ======================================================================== templates
 
-Shell = Literal["sh", "cmd"]  # what runs a command that is a line; both are handled on every system
-ITEM_FIELDS = ("id", "tag", "cwd", "key", "queue")  # places in these stand for the item, and in `env` and the command
+Shell = Literal["sh", "cmd"]  # which shell runs a command line; both are supported on every system
+ITEM_FIELDS = ("id", "tag", "cwd", "key", "queue")  # fields with placeholders, besides `env` and the command
 _ITEM, _INDEX = "QUEUECTL_ITEM", "QUEUECTL_INDEX"
-_PLACE = "\0"  # stands for a place while a line is read: no command line can hold it
+_PLACEHOLDER = "\0"  # replaces a placeholder while a line is parsed; no command line can contain it
 
 
 class Item(NamedTuple):
-    """One of the many that a call of `enqueue` makes jobs of."""
+    """One item of a call of `enqueue` that makes a job of each item."""
 
     value: str
     number: int  # from 1
-    cells: Sequence[str] = ()  # of its row, where it comes from a CSV file
+    cells: Sequence[str] = ()  # cells of its row, if it comes from a CSV file
 
 
 _Get = Callable[[Item], str]
@@ -981,14 +984,14 @@ _Quote = Callable[[str], str]
 
 
 def _paths(shell: Shell) -> Any:
-    """The module that knows the file names of a shell's system."""
+    """Return the path module for the system of a shell."""
     import ntpath
     import posixpath
 
     return posixpath if shell == "sh" else ntpath
 
 
-def _last_part(path: str, paths: Any) -> str:
+def _base_name(path: str, paths: Any) -> str:
     return str(paths.basename(path.rstrip(f"/{paths.sep}")) or path)
 
 
@@ -996,15 +999,15 @@ def _directory(path: str, paths: Any) -> str:
     return str(paths.dirname(path.rstrip(f"/{paths.sep}") or path) or ".")
 
 
-def _place(name: str, columns: Sequence[str], shell: Shell) -> _Get:
-    """What stands at the place `{name}`, given an item."""
+def _getter(name: str, columns: Sequence[str], shell: Shell) -> _Get:
+    """Return a function from an item to the value of the placeholder `{name}`."""
     paths = _paths(shell)
     known: dict[str, _Get] = {
         "": lambda item: item.value,
         ".": lambda item: str(paths.splitext(item.value)[0]),
-        "/": lambda item: _last_part(item.value, paths),
+        "/": lambda item: _base_name(item.value, paths),
         "//": lambda item: _directory(item.value, paths),
-        "/.": lambda item: str(paths.splitext(_last_part(item.value, paths))[0]),
+        "/.": lambda item: str(paths.splitext(_base_name(item.value, paths))[0]),
         "#": lambda item: str(item.number),
     }
     if name in known:
@@ -1013,43 +1016,43 @@ def _place(name: str, columns: Sequence[str], shell: Shell) -> _Get:
     return lambda item: item.cells[column]
 
 
-def _places(columns: Sequence[str]) -> re.Pattern[str]:
-    """Finds the places in a text, and the braces that are written twice."""
+def _placeholder_pattern(columns: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern that matches placeholders and doubled braces."""
     names = "|".join(re.escape(name) for name in columns if name)
     return re.compile(r"\{\{|\}\}|\{(|\.|//?|/\.|#" + (f"|{names}" if names else "") + r")\}")
 
 
 class Template:
-    """A text with places for an item: compiled once, filled for each item.
+    """A text with placeholders for an item: compiled once, filled for each item.
 
-    With `line` it is a line for the shell, and every value is quoted as its place demands. BadInput where a place
-    stands at which nothing can be quoted safely.
+    With `line` the text is a line for the shell, and each value is quoted for the context of its placeholder. Raise
+    BadInput if a placeholder stands in a context where no quoting is safe.
     """
 
     def __init__(self, text: str, columns: Sequence[str], shell: Shell, *, line: bool = False) -> None:
-        if _PLACE in text:
+        if _PLACEHOLDER in text:
             raise BadInput("must not contain a NUL character")
         self._gets: list[_Get] = []
 
         def keep(match: re.Match[str]) -> str:
             if match[1] is None:
                 return match[0][0]
-            self._gets.append(_place(match[1], columns, shell))
-            return _PLACE
+            self._gets.append(_getter(match[1], columns, shell))
+            return _PLACEHOLDER
 
-        text = _places(columns).sub(keep, text)
+        text = _placeholder_pattern(columns).sub(keep, text)
         if line:
             self._gets = [
                 functools.partial(_quoted, quote, get)
                 for quote, get in zip(_quotes_of(text, shell), self._gets, strict=True)
             ]
-        self._format = text.replace("%", "%%").replace(_PLACE, "%s")
+        self._format = text.replace("%", "%%").replace(_PLACEHOLDER, "%s")
 
-        self.has_places = bool(self._gets)
-        self.text = text  # with marks where the places are
+        self.has_placeholders = bool(self._gets)
+        self.text = text  # with _PLACEHOLDER for each placeholder
 
     def fill(self, item: Item) -> str:
-        """The text for an item."""
+        """Return the text for an item."""
         return self._format % tuple([get(item) for get in self._gets])
 
 
@@ -1065,14 +1068,14 @@ _CMD_BARE = re.compile(r"[A-Za-z0-9_@+:.\\/~-]+")
 _CMD_SPECIAL = re.compile(r'[%!^"&|<>\x00-\x1f]')
 
 
-def _sh_text(value: str) -> str:
+def _quote_sh_always(value: str) -> str:
     return "'" + value.replace("'", "'\"'\"'") + "'"
 
 
 def quote_sh(value: str) -> str:
-    """A value as one word of a line for /bin/sh."""
+    """Quote a value as one word of a line for /bin/sh."""
     is_plain = _SH_BARE.fullmatch(value) and not _SH_RESERVED.fullmatch(value)
-    return value if is_plain else _sh_text(value)
+    return value if is_plain else _quote_sh_always(value)
 
 
 def _in_double_quotes(value: str) -> str:
@@ -1084,7 +1087,7 @@ def _in_single_quotes(value: str) -> str:
 
 
 def _refuse_special(value: str) -> str:
-    """BadInput for a value that cmd.exe would change or take apart, even in quotes."""
+    """Return the value. Raise BadInput if cmd.exe would change or split it, even in quotes."""
     if found := _CMD_SPECIAL.search(value):
         raise BadInput(f"{printable(value)!r} holds {printable(found[0])!r}, which cannot be quoted in a line for "
                        "cmd.exe; give the command as several words")  # fmt: skip
@@ -1092,10 +1095,10 @@ def _refuse_special(value: str) -> str:
 
 
 def quote_cmd(value: str) -> str:
-    """A value as one word of a line for cmd.exe."""
+    """Quote a value as one word of a line for cmd.exe."""
     if _CMD_BARE.fullmatch(_refuse_special(value)) and not value.endswith("\\"):
         return value
-    ending = len(value) - len(value.rstrip("\\"))  # programs take a backslash before a quote for an escape
+    ending = len(value) - len(value.rstrip("\\"))  # a backslash before a quote is an escape for programs, so double it
     return f'"{value}{ending * chr(92)}"'
 
 
@@ -1106,17 +1109,17 @@ def _in_cmd_quotes(value: str) -> str:
 
 
 class _Grammar(NamedTuple):
-    """How a shell reads a line, as far as it is certain what quoting holds at a place."""
+    """The part of the syntax of a shell in which the quoting context of a placeholder is certain."""
 
-    token: re.Pattern[str]  # a place is quoted as the name of the group says; what matches no token ends the certainty
+    token: re.Pattern[str]  # the group name is the quoting context; text that matches no token is refused
     quotes: Mapping[str, _Quote]
-    runs: re.Pattern[str]  # the end of a text behind which a word is run as a line of its own
+    evaluates: re.Pattern[str]  # matches a text whose next word is evaluated as a command line
 
 
-_RUNS_SH = r"sh(?:\.exe)?['\"]?\s+(?:-\S+\s+)*-\w*c\s+(?:\$\S*\s+)*\S*$"
-_RUNS_POWERSHELL = r"(?i:(?:^|[\s\\/])(?:powershell|pwsh)(?:\.exe)?['\"]?\s+(?!.*-f(?:ile)?\s)[^&|\0]*$)"
-# Quotes round a place may hold only what file names are made of: what stands in others may be a line for another
-# shell (`sh -c "cat {}"`, `ssh host "cat {}"`), which would read the value once more.
+_EVALUATES_SH = r"sh(?:\.exe)?['\"]?\s+(?:-\S+\s+)*-\w*c\s+(?:\$\S*\s+)*\S*$"
+_EVALUATES_POWERSHELL = r"(?i:(?:^|[\s\\/])(?:powershell|pwsh)(?:\.exe)?['\"]?\s+(?!.*-f(?:ile)?\s)[^&|\0]*$)"
+# Quotes around a placeholder may contain only characters of file names. Other text in quotes may be a line for another
+# shell (`sh -c "cat {}"`, `ssh host "cat {}"`), which would parse the value a second time.
 _SH_TOKEN = r"""
     (?P<single> ' [\w@%+=:,./\0-]* \0 [\w@%+=:,./\0-]* ' )
   | (?P<double> " [\w@%+=:,./\0-]* \0 [\w@%+=:,./\0-]* " )
@@ -1148,55 +1151,55 @@ _CMD_TOKEN = r"""
 _GRAMMARS: Mapping[Shell, _Grammar] = {
     "sh": _Grammar(
         re.compile(_SH_TOKEN, re.X | re.A | re.S),
-        {"single": _in_single_quotes, "double": _in_double_quotes, "forced": _sh_text, "bare": quote_sh},
-        re.compile(rf"{_RUNS_SH}|(?<![\w./-])(?:eval|trap|let|alias|declare|typeset|unset|read|test\s.*-v|"
-                   rf"\[\s.*-v)\s(?:[^;&|\n<>\\]|\\[\s\S])*$|{_RUNS_POWERSHELL}"),
+        {"single": _in_single_quotes, "double": _in_double_quotes, "forced": _quote_sh_always, "bare": quote_sh},
+        re.compile(rf"{_EVALUATES_SH}|(?<![\w./-])(?:eval|trap|let|alias|declare|typeset|unset|read|test\s.*-v|"
+                   rf"\[\s.*-v)\s(?:[^;&|\n<>\\]|\\[\s\S])*$|{_EVALUATES_POWERSHELL}"),
     ),
     "cmd": _Grammar(
         re.compile(_CMD_TOKEN, re.X | re.A | re.S), {"inside": _in_cmd_quotes, "bare": quote_cmd},
-        re.compile(f"{_RUNS_SH}|{_RUNS_POWERSHELL}"),
+        re.compile(f"{_EVALUATES_SH}|{_EVALUATES_POWERSHELL}"),
     ),
 }  # fmt: skip
 
 
-def _shown(text: str) -> str:
-    return printable(text[-30:].replace(_PLACE, "{}") + "{}")
+def _excerpt(text: str) -> str:
+    return printable(text[-30:].replace(_PLACEHOLDER, "{}") + "{}")
 
 
-def _refuse_if_run(before: str, runs: re.Pattern[str]) -> None:
-    """BadInput where what stands behind this text is a command line to another shell."""
-    if runs.search(before):
-        raise BadInput(f"what stands for the braces in {_shown(before)!r} would be run as a command line; "
+def _refuse_if_evaluated(before: str, evaluates: re.Pattern[str]) -> None:
+    """Raise BadInput if the word after this text is evaluated as a command line."""
+    if evaluates.search(before):
+        raise BadInput(f"what stands for the braces in {_excerpt(before)!r} would be run as a command line; "
                        """pass it as an argument, like: sh -c 'cat "$1"' sh {}""")  # fmt: skip
 
 
 def _quotes_of(line: str, shell: Shell) -> list[_Quote]:
-    """For each place in a line for the shell: how what stands there is quoted."""
+    """Return the quoting function for each placeholder in a line for the shell."""
     grammar = _GRAMMARS[shell]
     found: list[_Quote] = []
     at = 0
-    while _PLACE in line[at:]:
+    while _PLACEHOLDER in line[at:]:
         token = grammar.token.match(line, at)
         if token is None:
-            raise BadInput(f"a value cannot be quoted safely in {_shown(line[: line.index(_PLACE, at)])!r}; write its "
-                           "braces as a word or a part of one, outside of quotes, comments, `...`, ${...}, $((...)) "
-                           "and here-documents, or give the command as several words")  # fmt: skip
-        if _PLACE in token[0]:
-            _refuse_if_run(line[: at + token[0].index(_PLACE)], grammar.runs)
-            found += [grammar.quotes[token.lastgroup or ""]] * token[0].count(_PLACE)
+            raise BadInput(f"a value cannot be quoted safely in {_excerpt(line[: line.index(_PLACEHOLDER, at)])!r}; "
+                           "write its braces as a word or a part of one, outside of quotes, comments, `...`, ${...}, "
+                           "$((...)) and here-documents, or give the command as several words")  # fmt: skip
+        if _PLACEHOLDER in token[0]:
+            _refuse_if_evaluated(line[: at + token[0].index(_PLACEHOLDER)], grammar.evaluates)
+            found += [grammar.quotes[token.lastgroup or ""]] * token[0].count(_PLACEHOLDER)
         at = token.end()
     return found
 
 
 # ---- the command and the fields
 
-_OPEN_END = re.compile(r"[;&|({`\\^!]$")  # what would be added behind it is a command, or none
+_OPEN_END = re.compile(r"[;&|({`\\^!]$")  # an appended word would be a command, or no word at all
 
 
 def _line_template(line: str, columns: Sequence[str], shell: Shell) -> Template:
-    """A line for the shell; the item is its last word where it says nothing of one."""
+    """Return the template of a line for the shell. Without a placeholder the item becomes its last word."""
     template = Template(line, columns, shell, line=True)
-    if template.has_places:
+    if template.has_placeholders:
         return template
     line = line.rstrip()
     if not line or _OPEN_END.search(line):
@@ -1205,28 +1208,28 @@ def _line_template(line: str, columns: Sequence[str], shell: Shell) -> Template:
 
 
 def _word_templates(words: Sequence[str], columns: Sequence[str], shell: Shell) -> list[Template]:
-    """The words of a command that no shell reads; the item is the last where they say nothing of one."""
+    """Return the templates of a command without a shell. Without a placeholder the item becomes its last word."""
     templates = [Template(word, columns, shell) for word in words]
-    if not any(template.has_places for template in templates):
+    if not any(template.has_placeholders for template in templates):
         return [*templates, Template("{}", columns, shell)]
     for at, template in enumerate(templates):
-        if template.has_places and at:
-            _refuse_if_run(" ".join(words[:at]) + " ", re.compile(f"{_RUNS_SH}|{_RUNS_POWERSHELL}"))
+        if template.has_placeholders and at:
+            _refuse_if_evaluated(" ".join(words[:at]) + " ", re.compile(f"{_EVALUATES_SH}|{_EVALUATES_POWERSHELL}"))
     return templates
 
 
 def _command_filler(
     command: str | list[str] | None, columns: Sequence[str], shell: Shell
 ) -> Callable[[Item], str | list[str]]:
-    """What makes the command for an item; without a command the item is one itself."""
+    """Return a function from an item to its command. Without a command the item is the command."""
     if command is None:
         return lambda item: item.value
     if isinstance(command, str):
         return _line_template(command, columns, shell).fill
     check: _Quote = str
     if shell == "cmd" and command[0].lower().endswith((".bat", ".cmd")):
-        check = _refuse_special  # cmd.exe reads their arguments
-    words = [word.fill if word.has_places else word.text for word in _word_templates(command, columns, shell)]
+        check = _refuse_special  # cmd.exe parses the arguments of batch files
+    words = [word.fill if word.has_placeholders else word.text for word in _word_templates(command, columns, shell)]
     return lambda item: [word if isinstance(word, str) else check(word(item)) for word in words]
 
 
@@ -1234,12 +1237,12 @@ def specs_of_items(
     items: Iterable[Item], columns: Sequence[str], command: str | list[str] | None, fields: Mapping[str, Any],
     shell: Shell, now: int,
 ) -> Iterator[tuple[str, Spec]]:  # fmt: skip
-    """The spec of a job for each item, with what an error about it begins with.
+    """Return the spec of a job for each item, with a prefix for errors that names the item.
 
-    What is the same for all is checked before the first item is read.
+    Fields that all jobs share are checked before the first item is read.
     """
     templates = {name: Template(fields[name], columns, shell) for name in ITEM_FIELDS if name in fields}
-    texts = {name: template for name, template in templates.items() if template.has_places}
+    texts = {name: template for name, template in templates.items() if template.has_placeholders}
     same = {**fields, **{name: template.text for name, template in templates.items()}}
     fixed = check_fields({name: value for name, value in same.items() if name not in texts}, now)
     command_for = _command_filler(command, columns, shell)
@@ -1255,7 +1258,7 @@ def specs_of_items(
 
 
 def _env_filler(env: Mapping[str, str], columns: Sequence[str], shell: Shell) -> Callable[[Item], dict[str, str]]:
-    """What makes the variables for an item; their names have been checked."""
+    """Return a function from an item to its environment. The names of the variables must be checked already."""
     texts = {name: Template(value, columns, shell) for name, value in env.items()}
     if not texts:
         return lambda item: {_ITEM: _text(item.value), _INDEX: str(item.number)}
@@ -1280,8 +1283,8 @@ def _with_origins(items: Iterable[Item], spec_of: Callable[[Item], Spec]) -> Ite
 # ---- where items come from
 
 
-def _pieces(file: BinaryIO, end: bytes) -> Iterator[bytes]:
-    """What stands between the ends of a file's items, in bounded memory; QueueError for an endless one."""
+def _split_items(file: BinaryIO, end: bytes) -> Iterator[bytes]:
+    """Yield the items of a file, split at `end`, in bounded memory. Raise BadInput for an item that does not end."""
     rest = b""
     while block := file.read(1 << 16):
         *whole, rest = (rest + block).split(end)
@@ -1292,9 +1295,9 @@ def _pieces(file: BinaryIO, end: bytes) -> Iterator[bytes]:
         yield rest
 
 
-def _texts(file: BinaryIO, end: bytes, what: str) -> Iterator[str]:
-    """The same as text; BadInput names the number of what is not UTF-8."""
-    for number, piece in enumerate(_pieces(file, end), 1):
+def _decoded_items(file: BinaryIO, end: bytes, what: str) -> Iterator[str]:
+    """Yield the items of a file as text. Raise BadInput, with the number of the item, if one is not UTF-8."""
+    for number, piece in enumerate(_split_items(file, end), 1):
         try:
             yield piece.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
@@ -1302,19 +1305,19 @@ def _texts(file: BinaryIO, end: bytes, what: str) -> Iterator[str]:
 
 
 def read_items(file: BinaryIO, *, null: bool = False) -> Iterator[Item]:
-    """An item for each line that is not blank; with `null` for each that ends in NUL."""
+    """Return an item for each line that is not blank, or with `null` for each text that ends in NUL."""
     if null:
-        values: Iterable[str] = filter(None, _texts(file, b"\0", "item"))
+        values: Iterable[str] = filter(None, _decoded_items(file, b"\0", "item"))
     else:
-        values = (line for text in _texts(file, b"\n", "line") if (line := text.removesuffix("\r")).strip())
+        values = (line for text in _decoded_items(file, b"\n", "line") if (line := text.removesuffix("\r")).strip())
     return (Item(value, number) for number, value in enumerate(values, 1))
 
 
 def read_rows(file: BinaryIO) -> tuple[list[str], Iterator[Item]]:
-    """The names of the columns of a CSV file, and an item for each row below them: its cells joined by commas."""
+    """Return the column names of a CSV file, and an item for each further row: its cells, joined by commas."""
     import csv
 
-    reader = csv.reader((f"{text}\n" for text in _texts(file, b"\n", "line")), strict=True)
+    reader = csv.reader((f"{text}\n" for text in _decoded_items(file, b"\n", "line")), strict=True)
 
     def rows() -> Iterator[list[str]]:
         try:
@@ -1326,9 +1329,9 @@ def read_rows(file: BinaryIO) -> tuple[list[str], Iterator[Item]]:
     columns = [name.strip() for name in next(found, [])]
     if not columns:
         raise BadInput("the CSV file is empty; its first line must name the columns")
-    twice = next((name for name in columns if name and columns.count(name) > 1), None)
-    if twice:
-        raise BadInput(f"line 1: names the column {printable(twice)!r} twice")
+    duplicate = next((name for name in columns if name and columns.count(name) > 1), None)
+    if duplicate:
+        raise BadInput(f"line 1: names the column {printable(duplicate)!r} twice")
     return columns, (
         Item(",".join(cells), number, cells)
         for number, cells in enumerate((_checked_row(cells, len(columns), reader.line_num) for cells in found), 1)
@@ -1343,7 +1346,7 @@ def _checked_row(cells: list[str], columns: int, line: int) -> list[str]:
 
 
 def number_items(text: str) -> Iterator[Item]:
-    """An item for each number of an array such as `1-100`, `1-10:2` or `1,3,7-9`; BadInput where it is none."""
+    """Return an item for each number of an array such as `1-100`, `1-10:2` or `1,3,7-9`; else raise BadInput."""
     ranges = [_parse_range(part.strip()) for part in text.split(",")]
     if sum(map(len, ranges)) > MAX_ARRAY:
         raise BadInput(f"--array has {sum(map(len, ranges))} numbers; at most {MAX_ARRAY} at once")
@@ -5610,42 +5613,42 @@ def inherited_environment() -> dict[str, str]:
 
 
 def open_regular(path: str, mode: str = "rb") -> BinaryIO:
-    """A file, unbuffered; OSError where it is a FIFO, a device or the like: nobody is to wait for its other end."""
+    """Open a regular file, unbuffered. Raise OSError for a FIFO or a device, whose open or read could block."""
     flags = (os.O_RDWR if "+" in mode else os.O_RDONLY) | NONBLOCK | getattr(os, "O_BINARY", 0)
     return cast(BinaryIO, os.fdopen(require_regular(os.open(path, flags), path), mode, buffering=0))
 
 
 def block_at(file: BinaryIO, at: int, size: int) -> bytes:
-    """Bytes from a place in a file, as far as there are any."""
+    """Return up to `size` bytes of a file from an offset."""
     file.seek(at)
     return file.read(size)
 
 
 def blocks_of(file: BinaryIO, at: int) -> Iterator[bytes]:
-    """The rest of a file from a place on."""
+    """Yield the rest of a file from an offset, in blocks."""
     while block := block_at(file, at, LOG_BLOCK):
         at += len(block)
         yield block
 
 
 def _seal(file: BinaryIO, size: int) -> tuple[int, bytes]:
-    """A place in the first `size` bytes of a file and what stands there, by which they are known again: their end."""
+    """Return the last bytes among the first `size` of a file, with their offset; they show later if it was emptied."""
     at = max(0, size - SEAL_BYTES)
     return at, block_at(file, at, min(size, SEAL_BYTES))
 
 
 class LogReader:
-    """A job's output, by places that hold though its command has emptied the log.
+    """The output of a job, at offsets that stay valid if its command empties the log.
 
-    A retry may open /dev/stderr by name, and so empty the log, with what earlier attempts wrote. While it runs there
-    is a copy of that, which is read in place of the first part of the log.
+    A retry that opens /dev/stderr by name empties the log, and with it the output of earlier attempts. While a retry
+    runs, a copy of that output exists. It is read in place of the first part of the log.
     """
 
     def __init__(self, path: str) -> None:
         self._log: BinaryIO | None = None
         self._earlier: BinaryIO | None = None
-        self.own = 0  # where the output of the attempt that runs begins, if it is a retry
-        self._base = 0  # where that is in the log
+        self.own = 0  # offset of the output of the running attempt, if it is a retry
+        self._base = 0  # the same offset in the log file
         self._log = self._open(path)
         self._earlier = self._open(earlier_output(path))
         if self._earlier:
@@ -5670,31 +5673,31 @@ class LogReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in (self._log, self._earlier):
             if file:
                 file.close()
 
     @property
     def is_whole(self) -> bool:
-        """Does the log begin and end as it did when the attempt that runs began?"""
+        """Tell whether the log still holds the start and the end of the earlier output."""
         first = self.read(0, min(SEAL_BYTES, self.own))
         begins = not first or (self._log is not None and block_at(self._log, 0, len(first)) == first)
         return begins and self._base == self.own
 
     def size(self) -> int:
-        """Where the output ends."""
+        """Return the end offset of the output."""
         return self.own + (max(0, self._log.seek(0, os.SEEK_END) - self._base) if self._log else 0)
 
     def read(self, at: int, size: int) -> bytes:
-        """Bytes from a place on; perhaps fewer than asked for, none at the end."""
+        """Return bytes from an offset: fewer than `size` at times, none only at the end."""
         if self._earlier and at < self.own:
             return block_at(self._earlier, at, min(size, self.own - at))
         return block_at(self._log, self._base + at - self.own, size) if self._log else b""
 
 
 def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """A log in blocks, from one place to another; nothing where there is none yet."""
+    """Yield a log in blocks, from one offset to another; nothing if it does not exist yet."""
     with LogReader(path) as log:
         left = sys.maxsize if end is None else end - start
         while left > 0 and (block := log.read(start, min(left, LOG_BLOCK))):
@@ -5704,11 +5707,11 @@ def read_log(path: str, start: int = 0, end: int | None = None) -> Iterator[byte
 
 
 def tail_start(path: str, lines: int, start: int = 0, end: int | None = None) -> int:
-    """Where the last lines of a log, or of what it holds between two places, begin. Read from the end, in blocks."""
+    """Return the offset of the last lines of a log, or of a range of it. It is read from the end, in blocks."""
     with LogReader(path) as log:
         at = log.size() if end is None else min(end, log.size())
         if lines and at > start and log.read(at - 1, 1) == b"\n":
-            lines += 1  # this one ends the last line
+            lines += 1  # this newline ends the last line
         while at > start:
             size = min(LOG_BLOCK, at - start)
             block = log.read(at - size, size)
@@ -5724,7 +5727,7 @@ def tail_start(path: str, lines: int, start: int = 0, end: int | None = None) ->
 
 
 def log_range(path: str, job: Job, history: Sequence[Attempt], number: int | None) -> tuple[int, int | None]:
-    """Where the output of an attempt begins and ends in the log, or with None all of it."""
+    """Return the start and the end of the output of an attempt in the log; for None those of the whole log."""
     if number is None:
         return 0, None
     if job.state is State.PROCESSING and job.attempts == number:
@@ -5736,7 +5739,7 @@ def log_range(path: str, job: Job, history: Sequence[Attempt], number: int | Non
 
 
 def running_start(path: str, job: Job, history: Sequence[Attempt]) -> int:
-    """Where the output of the attempt that runs begins: behind its separator, if it has one."""
+    """Return the offset of the output of the running attempt: after its separator, if it has one."""
     before = max((attempt.log_end or 0 for attempt in history), default=0)
     with LogReader(path) as log:
         if log.own:
@@ -5746,14 +5749,14 @@ def running_start(path: str, job: Job, history: Sequence[Attempt]) -> int:
 
 
 def separator(job: Job) -> str:
-    """The line between an attempt's output and what came before."""
+    """Return the line that separates the output of an attempt from earlier output."""
     return f"--- attempt {job.attempts}, {iso_time(job.started_at)} ---\n"
 
 
 def fold_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Output as a terminal would leave it: of a line that a carriage return began anew, the last state.
+    """Yield output as a terminal would show it: of a line that carriage returns overwrite, only its last state.
 
-    A state that is longer than a block is handed on with the rest of its line as it is: no terminal shows it whole.
+    A state that is longer than a block passes unchanged, with the rest of its line: no terminal shows it whole.
     """
     rest, is_long = b"", False
     for block in blocks:
@@ -5762,7 +5765,7 @@ def fold_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
             yield line + b"\n" if is_long else _last_state(line) + (b"\r\n" if line.endswith(b"\r") else b"\n")
             is_long = False
         if not is_long:
-            rest = rest[max(0, rest.rfind(b"\r", 0, len(rest.rstrip(b"\r")))) :]  # what it began anew is gone
+            rest = rest[max(0, rest.rfind(b"\r", 0, len(rest.rstrip(b"\r")))) :]  # drop the overwritten states
         if is_long or len(rest) > LOG_BLOCK:
             yield rest
             rest, is_long = b"", True
@@ -5775,10 +5778,10 @@ def _last_state(line: bytes) -> bytes:
 
 
 class Spool:
-    """The file that takes what a worker's jobs write, until one of them has something to say.
+    """The file that takes the output of a worker's jobs until one of them writes something.
 
-    To make a file may cost half of what it costs to start a program, and many a command is silent. The worker
-    keeps it open, and each command opens it for itself: so the system can tell whether any still does.
+    Creating a file may cost half as much as starting a program, and many commands write nothing. The worker keeps the
+    file open, and each command opens it again: so the system can tell whether a command still holds it.
     """
 
     def __init__(self, path: str, is_watched: bool = True) -> None:
@@ -5788,29 +5791,29 @@ class Spool:
         self._as_made: tuple[int, ...] = ()
 
     def take(self) -> int:
-        """A descriptor, of a file that is as new: what one job did to it is not to reach the log of the next."""
+        """Return a descriptor of an unchanged or new file, so that nothing of one job reaches the log of the next."""
         fd, self._fd = self._fd, None
         if fd is not None:
             with contextlib.suppress(OSError):
-                if self._look() == self._as_made:
+                if self._fingerprint() == self._as_made:
                     return fd
             os.close(fd)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         fd = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._as_made = self._look()
+        self._as_made = self._fingerprint()
         if self.watch:
             self.watch.follow(self.path)
         return fd
 
-    def _look(self) -> tuple[int, ...]:
-        """What is there where a command will open it."""
+    def _fingerprint(self) -> tuple[int, ...]:
+        """Return the identity and the state of the file at the path, where a command will open it."""
         found = os.lstat(self.path)
         return found.st_dev, found.st_ino, found.st_nlink, found.st_mode, found.st_uid, found.st_size
 
     def give_back(self, fd: int) -> bool:
-        """Leave it to the next job, unless something is in it, or somebody may still write or read there."""
-        if is_open_elsewhere(fd) or os.fstat(fd).st_size:  # in this order: whoever has just let go may have written
+        """Keep the file for the next job if it is empty and no other process holds it; tell whether it is kept."""
+        if is_open_elsewhere(fd) or os.fstat(fd).st_size:  # in this order: a holder may write, then close
             return False
         self._fd = fd
         return True
@@ -5819,8 +5822,8 @@ class Spool:
 class JobLog:
     """The log of a job, open for one attempt.
 
-    Where there is none yet, what the attempt writes goes to its worker's spool, which becomes the log at the
-    first look of `look_after`, or at the end where it cannot serve the next job.
+    If the job has no log yet, the attempt writes to the spool of its worker. The spool becomes the log at the first
+    call of `maintain`, or at the end if it cannot serve the next job.
     """
 
     def __init__(self, path: str, job: Job, spool: Spool | None, limit: int) -> None:
@@ -5829,14 +5832,14 @@ class JobLog:
             restore_earlier_output(path)
         self._path, self._spool = path, spool if is_first else None
         self._limit = limit  # bytes, 0 for none
-        self.at = self._spool.path if self._spool else path  # what the command is to write to
-        self._is_lost = False  # it cannot be put in its place
+        self.target = self._spool.path if self._spool else path  # the file that the command writes to
+        self._is_lost = False  # unused
         self._is_emptied = False
         self._loss = ""
         self._cut = Cut()
         self._fd = self._spool.take() if self._spool else open_log(path)
         self.start = self._size()
-        self._seal: tuple[int, bytes] | None = None  # what stands in it as long as its command has not emptied it
+        self._seal: tuple[int, bytes] | None = None  # it changes if the command empties the log
         if self.start:
             self._begin_retry(job)
 
@@ -5861,84 +5864,84 @@ class JobLog:
             file.write(text.encode())
 
     @property
-    def trouble(self) -> str | None:
-        """Why something of what was written is lost."""
+    def loss_reason(self) -> str | None:
+        """Return why some output is lost, or may be; None if all is kept."""
         emptied = "its command changed its own log, as who opens /dev/stderr by name: what was there may be lost"
         return "; ".join(filter(None, (self._loss, emptied if self._is_emptied else ""))) or None
 
-    def look_after(self, is_over: bool = False) -> None:
-        """See that it is in its place, whether it was emptied, and that it keeps to the limit."""
-        if self.at != self._path:
-            self._take_place()
-        with contextlib.suppress(OSError), open_regular(self.at) as file:
-            self._look_for_emptying(file)
-        if self._limit and self._size() - self._begin() > self._limit + self._cut.note:
+    def maintain(self, is_over: bool = False) -> None:
+        """Turn the spool into the log, detect whether the command emptied it, and enforce the limit."""
+        if self.target != self._path:
+            self._move_spool()
+        with contextlib.suppress(OSError), open_regular(self.target) as file:
+            self._detect_emptying(file)
+        if self._limit and self._size() - self._output_start() > self._limit + self._cut.note:
             with contextlib.suppress(OSError):
-                self._cut = shorten(self.at, self._begin(), self._limit, self._cut, is_over)
+                self._cut = shorten(self.target, self._output_start(), self._limit, self._cut, is_over)
 
-    def _take_place(self) -> None:
+    def _move_spool(self) -> None:
         if self._spool and self._spool.watch:
             self._is_emptied |= self._spool.watch.was_opened_again()
             self._spool.watch.stop()
         try:
-            os.rename(self.at, self._path)
-            self.at, self._loss = self._path, ""
+            os.rename(self.target, self._path)
+            self.target, self._loss = self._path, ""
         except OSError as error:
             self._loss = f"its output is lost: {error.strerror}"
 
-    def _begin(self) -> int:
-        """Where the attempt's output begins in the file: not behind what others wrote, where that is gone."""
+    def _output_start(self) -> int:
+        """Return the offset of the attempt's output in the file: 0 if the command has removed earlier output."""
         return 0 if self._is_emptied else self.start
 
-    def _look_for_emptying(self, file: BinaryIO) -> None:
+    def _detect_emptying(self, file: BinaryIO) -> None:
         if self._seal and block_at(file, self._seal[0], len(self._seal[1])) != self._seal[1]:
             self._is_emptied, self._cut = True, Cut()
             self._seal = None
-        if not self._seal and not self.start:  # of a first attempt: its own first bytes, those that no limit takes
+        if not self._seal and not self.start:  # a first attempt: its own first bytes, which no limit cuts
             first = block_at(file, 0, min(SEAL_BYTES, self._limit // 2 if self._limit else SEAL_BYTES))
             self._seal = (0, first) if first else None
 
     def close(self) -> int:
-        """Let go of it, with no more in it than the limit; where it ends."""
-        if self._spool and self.at != self._path and self._gives_back(self._spool):
+        """Enforce the limit, close the log, and return its end offset."""
+        if self._spool and self.target != self._path and self._give_back_spool(self._spool):
             return 0
-        self.look_after(is_over=True)
+        self.maintain(is_over=True)
         end = self._size()
         os.close(self._fd)
         if self.start:
             self._is_emptied |= restore_earlier_output(self._path)
             end = size_of(self._path)
-        if self._loss:  # what the attempt left running may still write to it: not for the next job
-            remove_file(self.at)
+        if self._loss:  # processes that it left may still write there, so the next job gets a new file
+            remove_file(self.target)
         return end
 
-    def _gives_back(self, spool: Spool) -> bool:
-        """Does the spool go to the next job, since nothing is in it?"""
+    def _give_back_spool(self, spool: Spool) -> bool:
+        """Try to keep an empty spool for the next job; tell whether that succeeded."""
         if not spool.give_back(self._fd):
             return False
         self._is_emptied |= bool(spool.watch and spool.watch.was_opened_again())
-        self._loss = ""  # nothing was written that could be lost
+        self._loss = ""  # there was no output to lose
         return True
 
 
 class Cut(NamedTuple):
-    """What has been left out of an attempt's output."""
+    """The part of an attempt's output that was cut."""
 
-    left_out: int = 0  # bytes
-    note: int = 0  # bytes of the line that says so
+    left_out: int = 0  # bytes that were cut
+    note: int = 0  # bytes of the note about it in the log
 
 
 def shorten(path: str, start: int, limit: int, before: Cut, is_over: bool = True) -> Cut:
-    """Keep the first and the last half of what a log holds from a place on, and say between them what is left out.
+    """Cut a log after an offset to the limit: keep the first and the last half, with a note about the cut between them.
 
-    While the command writes there may be half as much again, so that few bytes are moved often. What it writes
-    meanwhile is kept too; only what comes between the last look and the truncation is lost.
+    While the command writes, the log may exceed the limit by half, so that bytes are moved seldom. Output that the
+    command writes meanwhile is kept, except between the last check of the size and the truncation.
     """
     head, tail = limit // 2, limit - limit // 2
     with open_regular(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         beyond = size - start - before.note - limit
-        if beyond <= (0 if is_over else max(tail, LEAST_CUT_BYTES)):
+        if beyond <= (0 if is_over else max(tail, MIN_CUT_BYTES)):
             return before
         left_out = before.left_out + beyond
         about = "" if is_over and not before.note else "about "
@@ -5952,7 +5955,7 @@ def shorten(path: str, start: int, limit: int, before: Cut, is_over: bool = True
 
 
 def _move_rest(file: BinaryIO, source: int, to: int) -> int:
-    """Move what has been appended behind a place, until nothing more comes or too much does; how many bytes."""
+    """Move appended bytes, in at most CUT_TRIES passes, until no more come; return how many bytes were moved."""
     moved = 0
     for _ in range(CUT_TRIES):
         grown = file.seek(0, os.SEEK_END) - source - moved
@@ -5964,7 +5967,7 @@ def _move_rest(file: BinaryIO, source: int, to: int) -> int:
 
 
 def move(file: BinaryIO, source: int, to: int, size: int) -> None:
-    """Move bytes within a file, also to where they partly stand."""
+    """Move bytes within a file. The two ranges may overlap."""
     steps: Iterable[int] = range(0, size, LOG_BLOCK)
     for step in steps if to <= source else reversed(list(steps)):
         block = block_at(file, source + step, min(LOG_BLOCK, size - step))
@@ -5973,7 +5976,7 @@ def move(file: BinaryIO, source: int, to: int, size: int) -> None:
 
 
 def keep_earlier_output(path: str, size: int) -> None:
-    """Copy what a log holds, up to a place, before a retry can empty it."""
+    """Copy the first `size` bytes of a log before a retry can empty it."""
     copy = earlier_output(path)
     remove_file(copy)
     try:
@@ -5982,7 +5985,7 @@ def keep_earlier_output(path: str, size: int) -> None:
                 file.write(block[: size - file.tell()])
                 if file.tell() >= size:
                     break
-    except OSError:  # without room for it the log is as safe as its command lets it be
+    except OSError:  # without room for a copy nothing protects the log from its command
         remove_file(copy)
 
 
@@ -5990,7 +5993,7 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 def restore_earlier_output(path: str) -> bool:
-    """Put back what earlier attempts wrote, where a retry has emptied or overwritten it; whether it had."""
+    """Restore the output of earlier attempts if a retry has emptied or overwritten the log; tell whether it had."""
     copy, made = earlier_output(path), earlier_output(f"{path}.new")
     if not os.access(copy, os.F_OK):
         return False
@@ -6003,31 +6006,31 @@ def restore_earlier_output(path: str) -> bool:
                 with os.fdopen(os.open(made, _NEW_FILE, 0o600), "wb") as new:
                     new.writelines(read_log(path))
         if is_changed:
-            os.replace(made, path)  # in one step: who reads the log finds it all, before and after
+            os.replace(made, path)  # atomic: a reader finds the complete log before and after
         remove_file(copy)
     return is_changed
 
 
 def keep_spooled(spool: str, path: str) -> None:
-    """What a dead worker's spool holds is its job's log, unless that had been made."""
+    """Rename the spool of a dead worker to the log of its job, unless that log exists."""
     if not os.path.exists(path):
-        with contextlib.suppress(OSError):  # there is no spool where there is nothing to keep
+        with contextlib.suppress(OSError):  # without a spool there is no output to keep
             os.rename(spool, path)
 
 
 def end_lost_log(path: str, job: Job, history: Sequence[Attempt], limit: int) -> int:
-    """Put the log of an attempt in order whose worker died; where its output begins."""
+    """Restore and limit the log of an attempt whose worker died; return the start of its output."""
     with contextlib.suppress(QueueError, OSError):
         start = running_start(path, job, history)
         restore_earlier_output(path)
-        if limit and size_of(path) - start > 2 * limit:  # more than a limit that was kept leaves
+        if limit and size_of(path) - start > 2 * limit:  # an enforced limit leaves less
             shorten(path, start, limit, Cut())
         return start
     return 0
 
 
 def signal_name(number: int) -> str:
-    """`SIGKILL` for 9."""
+    """Return the name of a signal: `SIGKILL` for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -6035,14 +6038,14 @@ def signal_name(number: int) -> str:
 
 
 def describe(exit: Exit) -> str | None:
-    """What went wrong, of a command that ended by itself; None where nothing did."""
+    """Return the error of a command that ended by itself, or None for exit code 0."""
     if exit.signal is not None:
         return f"ended by {signal_name(exit.signal)}"
     return f"exit code {exit.exit_code}" if exit.exit_code else None
 
 
 def start_failure(error: OSError | ValueError, job: Job, path: str) -> Outcome:
-    """The outcome of a command that could not be started by that PATH, with the exit code that shells give."""
+    """Return the outcome of a command that did not start with that PATH; its exit code is that of a shell."""
     if problem := directory_problem(job.cwd):
         return Outcome(EndReason.NOT_STARTED, None, error=f"its directory {job.cwd} {problem}")
     is_missing = isinstance(error, FileNotFoundError)
@@ -6061,7 +6064,7 @@ def start_failure(error: OSError | ValueError, job: Job, path: str) -> Outcome:
 
 
 def why_not_found(words: Sequence[str]) -> str:
-    """What to say of a program that is nowhere, and which is perhaps something that only a shell knows."""
+    """Return the error for a program that was not found; it may be a word that only a shell knows."""
     one_word = f"queuectl enqueue -- {in_one_word(words)}"
     if re.match(r"[A-Za-z_]\w*=", words[0]):
         return f"only a shell sets variables so; for the shell give the line as one word: {one_word}"
@@ -6075,9 +6078,9 @@ def why_not_found(words: Sequence[str]) -> str:
 
 
 def shell_hint(job: Job, end: EndReason, exit: Exit, env: Mapping[str, str]) -> str | None:
-    """What a shell that failed did not say of its line: the path of a program with blanks, or a script that cannot run.
+    """Return what the error of a shell omits: the line is the path of a program with blanks, or a script cannot run.
 
-    None where neither is so.
+    Return None for any other failure.
     """
     line = job.command
     if end is not EndReason.EXITED or not exit.exit_code or not isinstance(line, str):
@@ -6093,12 +6096,12 @@ def shell_hint(job: Job, end: EndReason, exit: Exit, env: Mapping[str, str]) -> 
 
 
 class Supervision(NamedTuple):
-    """How a worker follows an attempt."""
+    """The callbacks through which a worker supervises an attempt."""
 
     bell: Bell
     started: Callable[[Command], object]
-    interrupted: Callable[[bool], EndReason | None]  # why it must end early; hears whether the bell has rung
-    report_left: Callable[[list[str]], object]  # the processes that cannot be ended, until there are none
+    interrupted: Callable[[bool], EndReason | None]  # why it must end early; takes whether the bell has rung
+    report_leftovers: Callable[[list[str]], object]  # takes those that cannot be ended; in the end none
     clock: Clock
 
 
@@ -6113,7 +6116,7 @@ def run_attempt(
     except OSError as error:
         return Outcome(EndReason.NOT_STARTED, error=f"cannot open its log {log_path}: {error.strerror}")
     try:
-        process = Process(job.command, job.cwd, env, log.at, run_tag)
+        process = Process(job.command, job.cwd, env, log.target, run_tag)
     except (OSError, ValueError) as error:
         log.close()
         return start_failure(error, job, env.get("PATH", os.defpath))
@@ -6124,7 +6127,7 @@ def run_attempt(
         process.close()
         log_end = log.close()
     why = _error_of(end, exit, job.ok_codes, settings)
-    wrong = "; ".join(filter(None, (why, why and shell_hint(job, end, exit, env), log.trouble)))
+    wrong = "; ".join(filter(None, (why, why and shell_hint(job, end, exit, env), log.loss_reason)))
     return Outcome(end, exit.exit_code if end is EndReason.EXITED else None, exit.signal, wrong or None,
                    exit.max_rss, exit.cpu_s, log.start, log_end)  # fmt: skip
 
@@ -6133,12 +6136,12 @@ def _error_of(end: EndReason, exit: Exit, ok_codes: Sequence[int] | None, settin
     if end is EndReason.EXITED:
         return None if exit.exit_code in (ok_codes or ()) else describe(exit)
     if end is EndReason.TIMED_OUT:
-        return f"timed out after {settings.job_timeout:g} s"  # how to raise it is said by `show` and `status`
+        return f"timed out after {settings.job_timeout:g} s"  # `show` and `status` tell how to raise the limit
     return "cancelled" if end is EndReason.CANCELLED else "given back: its worker was told to leave"
 
 
 def _watch(process: Process, log: JobLog, settings: Settings, supervision: Supervision) -> tuple[EndReason, Exit]:
-    """Wait for a command's end, and bring it about where it must come early."""
+    """Wait until a command ends; end it on a time-out or on request."""
     left_s = settings.job_timeout or math.inf
     poll_s = LIMITED_POLL_S if settings.log_max_bytes else POLL_S
     deadline = supervision.clock.monotonic_s() + left_s
@@ -6146,34 +6149,34 @@ def _watch(process: Process, log: JobLog, settings: Settings, supervision: Super
         rung = supervision.bell.wait(min(poll_s, left_s), process)
         if exit := process.poll():
             return EndReason.EXITED, exit
-        log.look_after()
+        log.maintain()
         left_s = deadline - supervision.clock.monotonic_s()
         if why := EndReason.TIMED_OUT if left_s <= 0 else supervision.interrupted(rung):
-            return why, _end_whole(process, log, settings, supervision)
+            return why, _end_tree(process, log, settings, supervision)
 
 
-def _end_whole(process: Process, log: JobLog, settings: Settings, supervision: Supervision) -> Exit:
-    """End a command and all that belongs to it; as long as something of it lives, its attempt has not ended."""
-    left = process.end(settings.kill_grace, log.look_after)
+def _end_tree(process: Process, log: JobLog, settings: Settings, supervision: Supervision) -> Exit:
+    """End the process tree of a command. The attempt has not ended while one of its processes lives."""
+    left = process.end(settings.kill_grace, log.maintain)
     while left or not process.poll():
-        supervision.report_left(left)
+        supervision.report_leftovers(left)
         supervision.bell.wait(END_POLL_S, process)
-        supervision.interrupted(False)  # what else is to be done meanwhile
-        log.look_after()
+        supervision.interrupted(False)  # for the duties of the worker; the attempt ends in any case
+        log.maintain()
         left = process.end(0)
-    supervision.report_left([])
+    supervision.report_leftovers([])
     return cast(Exit, process.poll())
 
 
 def hook_for(state: State | None, settings: Settings) -> str:
-    """The command to run after a job has come to a state; empty for none."""
+    """Return the hook for a job that has reached a state, or an empty string."""
     if state is State.COMPLETED:
         return settings.on_complete
     return settings.on_dead if state is State.DEAD else ""
 
 
 def run_hook(line: str, home: Home, env: dict[str, str], document: str, run_tag: str, bell: Bell) -> str | None:
-    """Run a hook with a job as JSON on its standard input; what went wrong, if anything did."""
+    """Run a hook with a job as JSON on its standard input; return its error, or None."""
     import tempfile
 
     process = None
@@ -6182,7 +6185,7 @@ def run_hook(line: str, home: Home, env: dict[str, str], document: str, run_tag:
         with tempfile.TemporaryFile() as stdin:
             stdin.write(document.encode())
             stdin.seek(0)
-            os.close(open_log(home.worker_log))  # refuses what the hook would wait for
+            os.close(open_log(home.worker_log))  # OSError for a FIFO, which would block the hook
             process = Process(line, home.path, env, home.worker_log, run_tag, stdin.fileno())
         while not (exit := process.poll()) and time.monotonic() < deadline:
             bell.wait(min(POLL_S, deadline - time.monotonic()), process)
@@ -6200,29 +6203,29 @@ def run_hook(line: str, home: Home, env: dict[str, str], document: str, run_tag:
 
 
 class Signs(NamedTuple):
-    """What others know a worker by: what wakes it, and what shows that it lives."""
+    """The bell of a worker, which wakes it, and its sign of life."""
 
     bell: Bell
     life: Life
 
 
 class Recovery:
-    """The recovery of a dead worker: tried until nothing of its job is left, and then the job may be tried again.
+    """The recovery of a dead worker: end the processes of its job, then record the attempt as lost.
 
-    Processes are ended outside of any transaction. No other attempt can begin meanwhile, since nobody claims a job
-    that is processing; and of several who recover the same worker one alone records it, since `finish` is guarded.
+    Processes are ended outside of any transaction. No other attempt can begin meanwhile, because no worker claims a
+    job that is `processing`. Several peers may recover the same worker; `finish` is guarded, so only one records it.
     """
 
     def __init__(self, home: Home, store: Store, dead: int) -> None:
         self._home, self._store, self._dead = home, store, dead
-        self._leftovers: dict[int, Leftovers] = {}  # by the job's seq: what was seen once is not forgotten
-        self.next_s, self._pause_s = 0.0, 0.1  # until the next try: ever longer, since a try costs time
-        self.left = ""  # what cannot be ended
+        self._leftovers: dict[int, Leftovers] = {}  # by the seq of the job; they keep every process found so far
+        self.next_s, self._pause_s = 0.0, 0.1  # time of the next try; the pause doubles, because a try takes time
+        self.left = ""  # names of the processes that cannot be ended
 
     def attempt(self, process: str | None, settings: Settings, clock: Clock) -> list[tuple[Job, State | None]] | None:
-        """End what is left of the worker's job, unless it is too early to try again; the jobs and what became of them.
+        """End the processes of the worker's jobs, unless the next try is not due; return the jobs and their new states.
 
-        None where something of them is still there, or may be.
+        Return None if one of the processes still lives, or may live.
         """
         if clock.monotonic_s() < self.next_s:
             return None
@@ -6233,7 +6236,7 @@ class Recovery:
             self.left = left
         if left:
             self.next_s = clock.monotonic_s() + self._pause_s
-            self._pause_s = min(2 * self._pause_s, MOST_RECOVERY_PAUSE_S)
+            self._pause_s = min(2 * self._pause_s, MAX_RECOVERY_PAUSE_S)
             return None
         with self._store.db.writing():
             ended = [(job, self._finish(job, settings, clock.now_ms())) for job in jobs]
@@ -6243,7 +6246,7 @@ class Recovery:
         return ended
 
     def _end(self, job: Job) -> list[str]:
-        """End what a job has left running; what is still there."""
+        """End the processes of a job; return the names of those that still live."""
         if job.seq not in self._leftovers:
             log = self._home.log(job.id)
             keep_spooled(self._home.spool(self._dead), log)
@@ -6264,7 +6267,7 @@ class Recovery:
 
 
 def wake_one(home: Home, store: Store) -> None:
-    """Ring the first idle worker that has something to do; it passes the bell on."""
+    """Wake the first idle worker that has a job to claim; it wakes the next one."""
     queues = store.queues.ready()
     for row in store.workers.all() if queues else ():
         if row.job is None and any(map(row.takes, queues)) and ring(home, row.id):
@@ -6272,59 +6275,58 @@ def wake_one(home: Home, store: Store) -> None:
 
 
 class Conditions:
-    """What a worker depends on and nobody tells it of: its home, the schema, its signs of life, the clock."""
+    """What a worker depends on and must check itself: its home, the schema, its signs of life, the clock."""
 
     def __init__(
-        self, home: Home, store: Store, signs: Signs, complain: Callable[[str], None], clock: Clock
+        self, home: Home, store: Store, signs: Signs, log_problem: Callable[[str], None], clock: Clock
     ) -> None:  # fmt: skip
-        self._home, self._store, self._signs, self._complain, self._clock = home, store, signs, complain, clock
+        self._home, self._store, self._signs, self._log_problem, self._clock = home, store, signs, log_problem, clock
         self._database = file_identity(home.database)
-        self._clock_offset_ms = math.inf  # the first check finds backoffs that a wrong clock had begun
-        self.is_homeless = False  # the home was removed or replaced under us
+        self._clock_offset_ms = math.inf  # infinite, so that the first check restarts backoffs that a wrong clock began
+        self.is_homeless = False  # the home was removed or replaced
         self.is_outdated = False  # a newer queuectl has changed the schema
-        self.memory_kills = 0  # how often the system had run out of memory at the last check
+        self.memory_kills = 0  # processes that the system had killed for want of memory at the last check
 
     @property
     def forbid_work(self) -> bool:
-        """Is there no queue left that this worker could work for?"""
+        """Tell whether this worker may no longer claim: its home is gone, or its schema is outdated."""
         return self.is_homeless or self.is_outdated
 
     def check_home(self) -> None:
-        """Notice that the home was removed or replaced."""
+        """Detect that the home was removed or replaced."""
         self.is_homeless = not self._home.is_there(self._database)
 
     def check_schema(self) -> None:
-        """Notice that a newer queuectl has brought the database up: this one no longer knows what it writes to."""
+        """Detect that a newer queuectl has migrated the database, whose schema this version does not know."""
         if not self.is_outdated and self._store.db.is_newer():
             self.is_outdated = True
-            self._complain("the queue was brought up by a newer queuectl: leaves; start a new worker")
+            self._log_problem("the queue was brought up by a newer queuectl: leaves; start a new worker")
 
-    def look_after_signs(self) -> None:
-        """Make the signs of life anew where somebody has removed them."""
+    def restore_signs(self) -> None:
+        """Recreate the bell and the sign of life if they were removed."""
         try:
             self._signs.bell.look_after()
             self._signs.life.look_after()
         except OSError as error:
-            self._complain(f"cannot make its signs of life anew: {error.strerror}")
+            self._log_problem(f"cannot make its signs of life anew: {error.strerror}")
 
     def was_clock_set_back(self) -> bool:
-        """Was the time of day set back since the last call, or before the first?"""
+        """Tell whether the wall clock was set back since the last call. The first call always tells so."""
         before, self._clock_offset_ms = (
             self._clock_offset_ms,
-            self._clock.now_ms()
-            - self._clock.monotonic_s() * 1000,  # how far it is ahead of the clock that nobody sets
+            self._clock.now_ms() - self._clock.monotonic_s() * 1000,  # offset of the wall clock from the monotonic one
         )
         return self._clock_offset_ms < before - 1000
 
     def note_memory_kills(self) -> None:
-        """Remember how often the system ran out of memory, to tell whether it does so during a job."""
+        """Store the system's count of memory kills, so that a kill during a job can be detected."""
         self.memory_kills = memory_kills()
 
 
 class Ring:
-    """The other workers, as one of them sees them: they stand in a ring by their ids, and each watches the next below.
+    """The other workers, as one worker sees them. Workers form a ring by id, and each watches the next lower one.
 
-    So the death of each is noticed by another at once, and that costs the same however many they are.
+    So a peer notices each death at once, at a cost that does not depend on the number of workers.
     """
 
     def __init__(
@@ -6332,20 +6334,20 @@ class Ring:
     ) -> None:  # fmt: skip
         self._home, self._store, self._worker, self._bell, self._log = home, store, worker, bell, log
         self._clock = clock
-        self._others: list[tuple[int, str | None]] = []  # ids and processes, from the next one below
-        self._seen = -1  # `commits_seen` when they were read
+        self._others: list[tuple[int, str | None]] = []  # ids and processes, from the next lower id downwards
+        self._commits_seen = -1  # `commits_seen` when they were read
         self._recoveries: dict[int, Recovery] = {}  # of dead workers, by their ids
-        self.idle_poll_s = DUTY_S  # how long an idle worker sleeps at most while nobody wakes it
-        self.next_try_s = math.inf  # when a recovery is to be tried again, on the clock's monotonic scale
+        self.idle_poll_s = DUTY_S  # fallback poll interval of an idle worker
+        self.next_try_s = math.inf  # time of the next try of a recovery, by the monotonic clock
 
     def watch(self, settings: Settings) -> list[tuple[Job, State | None]]:
-        """Let the end of the next living worker ring the bell, and recover those before it that have died.
+        """Watch the process of the next living worker, and recover the dead ones; return the recovered jobs and states.
 
-        Two more are looked at: whoever should do so may be stopped. The jobs recovered, and what became of them.
+        Check two more living workers and the dead ones between them: the worker that watches there may be stopped.
         """
         version = self._store.db.commits_seen()
-        if version != self._seen:
-            self._others, self._seen = self._store.workers.ring_below(self._worker), version
+        if version != self._commits_seen:
+            self._others, self._commits_seen = self._store.workers.ring_below(self._worker), version
         self._recoveries = {id: self._recoveries[id] for id, _ in self._others if id in self._recoveries}
         ended: list[tuple[Job, State | None]] = []
         living, is_watching = 0, False
@@ -6359,51 +6361,51 @@ class Ring:
                 ended += self._recover(id, process, settings)
         if not is_watching:
             self._bell.watch(None)
-        self._plan()
+        self._plan_next_poll()
         return ended
 
-    def _plan(self) -> None:
-        """Say when to look again, of its own accord: each recovery has its own next try."""
+    def _plan_next_poll(self) -> None:
+        """Set the fallback poll interval. Each recovery has its own next try."""
         self.next_try_s = min((recovery.next_s for recovery in self._recoveries.values()), default=math.inf)
         until_try_s = max(0.0, self.next_try_s - self._clock.monotonic_s())
-        self.idle_poll_s = min(MOST_IDLE_POLL_S, DUTY_S * (1 + len(self._others)), until_try_s)
+        self.idle_poll_s = min(MAX_IDLE_POLL_S, DUTY_S * (1 + len(self._others)), until_try_s)
 
     def _recover(self, dead: int, process: str | None, settings: Settings) -> list[tuple[Job, State | None]]:
         recovery = self._recoveries.setdefault(dead, Recovery(self._home, self._store, dead))
         before = recovery.left
         ended = recovery.attempt(process, settings, self._clock)
-        self.log_left(dead, before, recovery.left)
+        self.log_leftovers(dead, before, recovery.left)
         if ended is None:
             return []
         for job, state in ended:
             self._log(f"recovered job {job.id} of dead worker {dead}: {state.value if state else 'ended'}")
         del self._recoveries[dead]
-        self._seen = -1  # what we commit ourselves is no news to our connection
+        self._commits_seen = -1  # `commits_seen` does not count the commits of this connection
         return ended
 
-    def log_left(self, worker: int, before: str, after: str) -> None:
-        """Note what cannot be ended of a worker's job, where that is news."""
+    def log_leftovers(self, worker: int, before: str, after: str) -> None:
+        """Log the processes of a worker's job that cannot be ended, if they have changed."""
         if after and after != before:
             reason = leftovers_reason(after)
             self._log(f"the job of worker {worker} cannot end: {reason.why}; {reason.remedy}")
 
 
 class Hooks:
-    """The hooks that a worker is to run for jobs that have ended, after it has recorded how."""
+    """The hooks that a worker runs for ended jobs, after it has recorded their results."""
 
     def __init__(
         self, home: Home, store: Store, worker: int, env: Mapping[str, str], bell: Bell, log: Callable[[str], None]
     ) -> None:  # fmt: skip
         self._home, self._store, self._worker, self._env, self._bell, self._log = home, store, worker, env, bell, log
-        self.waiting: list[tuple[str, str]] = []  # ids of jobs, and the line to run for each
+        self.waiting: list[tuple[str, str]] = []  # ids of jobs, each with its hook
 
     def run(self) -> None:
-        """Run those that wait."""
+        """Run the waiting hooks."""
         while self.waiting:
             self._run_one(*self.waiting.pop(0))
 
     def _run_one(self, id: str, line: str) -> None:
-        """Run a hook; what goes wrong is noted, and changes nothing else."""
+        """Run a hook. Its failure is logged, and has no other effect."""
         with contextlib.suppress(QueueError):  # the job may have been pruned meanwhile
             job = self._store.queries.get(id)
             variables = {
@@ -6414,23 +6416,23 @@ class Hooks:
             }  # fmt: skip
             run_tag = run_tag_in(file_identity(self._home.database), f"hook.{self._worker}.{time.time_ns()}")
             document = json.dumps(job_json(job))
-            trouble = run_hook(line, self._home, {**self._env, **variables}, document, run_tag, self._bell)
-            if trouble:
-                self._log(f"hook of job {job.id}: {trouble}")
+            failure = run_hook(line, self._home, {**self._env, **variables}, document, run_tag, self._bell)
+            if failure:
+                self._log(f"hook of job {job.id}: {failure}")
 
 
 class Duty:
-    """Something that a worker does now and then, whatever else it is at."""
+    """A periodic duty of a worker, done while it is idle and while its job runs."""
 
     def __init__(self, every_s: float, do: Callable[[], None]) -> None:
         self.every_s, self.do = every_s, do
-        self.due_s = 0.0  # on the clock's monotonic scale: at once
+        self.due_s = 0.0  # by the monotonic clock; 0 is due at once
 
 
 class Worker:
-    """One worker: it claims a job, runs it, records what came of it, and begins again.
+    """One worker: it claims a job, runs it, records its result, and starts again.
 
-    Workers are equal peers. Each looks after the jobs of those that died.
+    Workers are equal peers. Each recovers the jobs of dead peers.
     """
 
     def __init__(self, home: Home, store: Store, row: WorkerRow, signs: Signs, log: Callable[[str], None],
@@ -6438,7 +6440,7 @@ class Worker:
         self._home, self._store, self._row, self._log, self._clock = home, store, row, log, clock
         self._bell, self._life = signs
         self._settings = Settings()
-        self._signals = 0  # how often it was told by a signal to leave
+        self._signals = 0  # number of stop signals received
         self._env = {
             **inherited_environment(),
             "QUEUECTL_HOME": home.path,
@@ -6448,46 +6450,46 @@ class Worker:
         self._spool = Spool(home.spool(row.id), row.slot <= WATCHED_SLOTS) if CAN_TELL_WHO_OPENS else None
         self._write_gate = WriteGate(home)
         self._database = file_identity(home.database)
-        self._conditions = Conditions(home, store, signs, self._complain, clock)
+        self._conditions = Conditions(home, store, signs, self._log_problem, clock)
         self._ring = Ring(home, store, row.id, self._bell, log, clock)
-        self._seen = -1  # `commits_seen` when the last claim began
-        self._next_poll_s = self._next_duty_s = 0.0  # on the clock's monotonic scale
-        self._left = ""  # processes of the job in hand that cannot be ended
-        self._complaint = ""
+        self._commits_seen = -1  # `commits_seen` before the last claim without a report
+        self._next_poll_s = self._next_duty_s = 0.0  # by the monotonic clock
+        self._leftovers = ""  # processes of the current job that cannot be ended
+        self._last_problem = ""
         self._ring_duty = Duty(DUTY_S, self._watch_ring)
         self._duties = [
             Duty(DUTY_S, self._conditions.check_home),
             Duty(DUTY_S, self._conditions.check_schema),
-            Duty(DUTY_S, self._conditions.look_after_signs),
+            Duty(DUTY_S, self._conditions.restore_signs),
             Duty(DUTY_S, self._check_clock),
             Duty(DUTY_S, self._conditions.note_memory_kills),
             self._ring_duty,
         ]
 
     def leave(self) -> None:
-        """Told by a signal: once to finish the job and go, twice to give it back and go."""
+        """Count a stop signal: the first lets the worker finish its job, the second lets it give the job back."""
         self._signals += 1
 
     def run(self) -> None:
-        """Work until told to leave."""
+        """Claim and run jobs until the worker is told to leave, or is drained."""
         report: tuple[Job, Outcome] | None = None
         while True:
             self._do_due_duties()
             self._hooks.run()
-            came_idle = report is None
-            job = self._keep_trying(functools.partial(self._exchange, report), matters=not came_idle)
+            was_idle = report is None
+            job = self._keep_trying(functools.partial(self._exchange, report), matters=not was_idle)
             report = None
             if job:
-                if job.on_lost == "dead":  # not even a power cut may let it run twice
+                if job.on_lost == "dead":  # it must not run again, not even after a power cut
                     self._keep_trying(self._store.db.sync, matters=True)
-                if came_idle or job.after:  # what has just become ready may be more than one
+                if was_idle or job.after:  # more than one job may have become ready
                     self._wake_next()
                 report = job, self._attempt(job)
             elif self._hooks.waiting:
                 continue
-            elif self._is_leaving() or (came_idle and self._is_drained()):
+            elif self._is_leaving() or (was_idle and self._is_drained()):
                 break
-            elif came_idle:  # otherwise claim once more first: the version is noted only then
+            elif was_idle:  # only a claim without a report notes `commits_seen`, so a busy worker claims once more
                 self._wait()
         self._write_gate.close()
         if self._spool:
@@ -6497,18 +6499,18 @@ class Worker:
     # ---- claim and record
 
     def _exchange(self, report: tuple[Job, Outcome] | None) -> Job | None:
-        """Record what came of one job and claim the next, in one transaction."""
+        """Record the result of one job and claim the next, in one transaction."""
         now, store = self._clock.now_ms(), self._store
         ended: State | None = None
         if not report:
-            self._seen = store.db.commits_seen()
+            self._commits_seen = store.db.commits_seen()
         with self._write_gate, store.db.writing():
             if report:
                 ended = store.jobs.finish(*report, self._settings, now, chance=self._clock.chance())
             hook = hook_for(ended, self._settings)
             self._settings = store.config.settings()
-            is_resting = self._signals or self._conditions.forbid_work or hook
-            job = None if is_resting else store.jobs.claim(self._row.id, self._row.queues, now)
+            skips_claim = self._signals or self._conditions.forbid_work or hook
+            job = None if skips_claim else store.jobs.claim(self._row.id, self._row.queues, now)
         if report and hook:
             self._hooks.waiting.append((report[0].id, hook))
         if report and not ended:
@@ -6518,31 +6520,31 @@ class Worker:
         return job
 
     def _checkpoint(self) -> None:
-        with contextlib.suppress(StoreError):  # whoever is next will try again
+        with contextlib.suppress(StoreError):  # a later step tries again
             self._store.db.checkpoint()
 
     def _keep_trying(self, action: Callable[[], _Result], matters: bool) -> _Result:
-        """Bookkeeping that fails is never the job's fault: keep what we have, and try until it works.
+        """Retry an action of the store until it succeeds, since a store error must not count against the job.
 
-        Told to leave, a worker gives up; where something would be lost that matters, only when told twice.
+        A worker that is told to leave gives up: at once, or if a result would be lost (`matters`) when told twice.
         """
         while True:
             try:
                 result = action()
             except StoreError as error:
-                self._complain(str(error))
+                self._log_problem(str(error))
                 self._do_due_duties()
                 if self._signals >= (2 if matters else 1) or self._conditions.is_homeless:
                     raise
                 self._bell.wait(1.0)
             else:
-                self._complaint = ""
+                self._last_problem = ""
                 return result
 
-    def _complain(self, text: str) -> None:
-        if text != self._complaint:
+    def _log_problem(self, text: str) -> None:
+        if text != self._last_problem:
             self._log(text)
-        self._complaint = text
+        self._last_problem = text
 
     def _attempt(self, job: Job) -> Outcome:
         """Run a job once."""
@@ -6556,7 +6558,7 @@ class Worker:
         run_tag = run_tag_in(self._database, job.run_tag)
         supervision = Supervision(
             self._bell, functools.partial(self._life.note, run_tag), functools.partial(self._interrupted, job),
-            self._report_left, self._clock,
+            self._report_leftovers, self._clock,
         )  # fmt: skip
         outcome = run_attempt(
             job, self._home.log(job.id), self._spool, {**self._env, **variables, **(job.env or {})}, run_tag,
@@ -6566,17 +6568,17 @@ class Worker:
             return outcome._replace(error=f"{outcome.error}; probably out of memory")
         return outcome
 
-    def _report_left(self, left: Sequence[str]) -> None:
-        """Name the processes of the job in hand that cannot be ended."""
-        before, after = self._left, ", ".join(left)
+    def _report_leftovers(self, left: Sequence[str]) -> None:
+        """Store and log the processes of the current job that cannot be ended."""
+        before, after = self._leftovers, ", ".join(left)
         if after != before:
-            with contextlib.suppress(StoreError):  # it is tried again in a second
+            with contextlib.suppress(StoreError):  # the next call, within END_POLL_S, tries again
                 self._store.workers.set_leftovers(self._row.id, after or None)
-                self._left = after
-                self._ring.log_left(self._row.id, before, after)
+                self._leftovers = after
+                self._ring.log_leftovers(self._row.id, before, after)
 
     def _remove_stale_log(self, job: Job) -> None:
-        """Remove the log that an earlier job of this id has left, if its removal is still to come."""
+        """Remove the log of an earlier job with this id that was removed, if its log was not removed yet."""
         log = self._home.log(job.id)
         with contextlib.suppress(StoreError):
             if is_regular(log) and not self._store.queries.history(job):
@@ -6603,15 +6605,15 @@ class Worker:
         try:
             return self._store.workers.stop_request(self._row.id, job)
         except StoreError as error:
-            self._complain(str(error))
+            self._log_problem(str(error))
             return StopRequest(registered=True)
 
     def _interrupted(self, job: Job, rung: bool) -> EndReason | None:
-        """Why a job must end early, asked while it runs."""
+        """Return why the running job must end early, or None."""
         if self._signals > 1:
             return EndReason.GIVEN_BACK
         if self._signals:
-            self._complain(f"told to leave: finishes job {job.id} first; told again, gives it back")
+            self._log_problem(f"told to leave: finishes job {job.id} first; told again, gives it back")
         if not rung and self._clock.monotonic_s() < self._next_poll_s:
             return None
         self._next_poll_s = self._clock.monotonic_s() + POLL_S
@@ -6622,17 +6624,17 @@ class Worker:
         return EndReason.GIVEN_BACK if request.stop == "now" or not request.registered else None
 
     def _wait(self) -> None:
-        """Sleep until there may be something to do."""
+        """Sleep until a job may be claimable or a stop request may have come."""
         try:
             due = self._store.jobs.next_due()
             while not (self._signals or self._conditions.forbid_work):
                 left_s = math.inf if due is None else (due - self._clock.now_ms()) / 1000
                 left_s = min(left_s, self._ring.idle_poll_s)
-                if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._seen:
+                if left_s <= 0 or self._bell.wait(left_s) or self._store.db.commits_seen() != self._commits_seen:
                     return
                 self._do_due_duties()
         except StoreError as error:
-            self._complain(str(error))
+            self._log_problem(str(error))
             self._bell.wait(1.0)
 
     def _wake_next(self) -> None:
@@ -6643,7 +6645,7 @@ class Worker:
     # ---- duties
 
     def _do_due_duties(self) -> None:
-        """Do each duty that is due. One that the database refuses is tried again in its next turn."""
+        """Do each duty that is due. After a store error a duty is tried again when it is next due."""
         now_s = self._clock.monotonic_s()
         if self._bell.has_news:
             self._bell.has_news = False
@@ -6651,20 +6653,18 @@ class Worker:
         if now_s < self._next_duty_s:
             return
         for duty in self._duties:
-            if (
-                now_s >= duty.due_s and not self._conditions.is_homeless
-            ):  # with the bells gone all others would seem dead
+            if now_s >= duty.due_s and not self._conditions.is_homeless:  # without `bells` all peers would seem dead
                 duty.due_s = now_s + duty.every_s
                 try:
                     duty.do()
                 except StoreError as error:
-                    self._complain(str(error))
+                    self._log_problem(str(error))
         self._next_duty_s = min(duty.due_s for duty in self._duties)
 
     def _check_clock(self) -> None:
         if self._conditions.was_clock_set_back():
             self._store.jobs.restart_backoffs(self._clock.now_ms())
-            self._claim_anew()
+            self._force_claim()
 
     def _watch_ring(self) -> None:
         ended = self._ring.watch(self._settings)
@@ -6673,11 +6673,11 @@ class Worker:
             if hook := hook_for(state, self._settings):
                 self._hooks.waiting.append((job.id, hook))
         if ended:
-            self._claim_anew()
-            self._wake_next()  # this worker may have a job in hand
+            self._force_claim()
+            self._wake_next()  # this worker may be running a job
 
-    def _claim_anew(self) -> None:
-        self._seen = -1  # what we commit ourselves is no news to our connection
+    def _force_claim(self) -> None:
+        self._commits_seen = -1  # `commits_seen` does not count the commits of this connection
 
 
 # ======================================================================== control

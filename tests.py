@@ -4940,7 +4940,7 @@ def test_worker_sees_off_what_a_job_has_left_behind(home: Home) -> None:
     until(lambda: children.read_text() == "")
 
 
-NEVER_POLLS = "q.DUTY_S = q.MOST_IDLE_POLL_S = 3600.0\n"
+NEVER_POLLS = "q.DUTY_S = q.MAX_IDLE_POLL_S = 3600.0\n"
 
 
 @posix
@@ -6992,6 +6992,7 @@ def test_show_has_the_process_of_what_runs(home: Home) -> None:
 # -- services and metrics
 
 
+@posix
 def test_metrics_prometheus_has_nothing_that_promtool_minds(home: Home) -> None:
     """Where Prometheus is installed, its own checker takes `metrics --prometheus` without a word."""
     checker = shutil.which("promtool")
@@ -7258,6 +7259,7 @@ def test_man_has_every_command_option_field_and_key(home: Home) -> None:
     same([word for word in (*q.FIELDS, *q.SETTINGS, "124", "130", "NO_COLOR") if rf"\fB{word}\fR" not in rest], [])
 
 
+@posix
 def test_man_is_typeset_without_a_warning(home: Home) -> None:
     """groff and man take the manual page without a word, and print what is in it."""
     page = home.run("man").raw

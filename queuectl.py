@@ -72,6 +72,7 @@ except ModuleNotFoundError:
 __version__ = "1.0.0"
 
 WAIT_REPORT_S = 1.0  # report interval of a command that waits for workers
+MIN_END_SCANS = 3  # fewest scans for the processes of an attempt before ending them is given up for now
 END_POLL_S = 1.0  # pause between two tries to end processes that survived the first
 POLL_S = 0.25  # poll interval of a worker while its job runs
 DUTY_S = 1.0  # interval of the duties of a worker; with n workers an idle one polls every n intervals,
@@ -1553,6 +1554,11 @@ def leftovers_reason(leftovers: str) -> Reason:
     if not pids:
         return Reason(f"{printable(leftovers)} are still there and cannot be ended")
     return Reason(f"process {printable(leftovers)} is still there and cannot be ended", f"sudo kill -9 {pids}")
+
+
+def leftovers_text(leftovers: str) -> str:
+    """The same on one line, with the remedy where there is one."""
+    return "; ".join(filter(None, leftovers_reason(leftovers)))
 
 
 MOST_NAMED = 10  # jobs that one remedy names
@@ -4925,19 +4931,24 @@ else:
     def _processes(since: int = 0) -> Iterator[_ProcessInfo]:
         """Yield every process that started since `since`, then those created during the scan, until none is new.
 
-        Raise TimeoutError if new ones still appear after 50 ms of CPU time of this thread. Wall time would not do:
-        on a busy machine, other processes run and fork between any two steps of the scan.
+        Raise TimeoutError if new ones still appear 50 ms after the first pass, in CPU time of this thread. Wall time
+        would not do: on a busy machine, other processes run and fork between any two steps of the scan. The first
+        pass does not count, because it takes longer the more processes there are.
         """
         if not _HAS_PROC:
             yield from _ps(since)
             return
         newest = _newest_pid()
         pids: Sequence[int] = _pids()
-        deadline = time.thread_time() + 0.05
+        deadline = math.inf
         while pids:
             yield from filter(None, (_find(pid, since) for pid in pids))
             before, newest = newest, _newest_pid()
-            pids = range(before + 1, newest + 1) if newest >= before else _pids()  # process ids have wrapped around
+            if newest >= before:
+                pids = range(before + 1, newest + 1)
+            else:  # process ids have wrapped around
+                pids = [pid for pid in _pids() if pid > before or pid <= newest]
+            deadline = min(deadline, time.thread_time() + 0.05)
             if pids and time.thread_time() > deadline:
                 raise TimeoutError
 
@@ -5021,13 +5032,16 @@ else:
         def end(self, timeout_s: float) -> list[str]:
             """Kill all processes, and those that they start meanwhile; return those that remain after the timeout.
 
-            SIGSTOP comes first, until a scan finds no new process: so none that forks quickly escapes SIGKILL.
+            SIGSTOP comes first, until a scan finds no new process: so none that forks quickly escapes SIGKILL. On a
+            busy machine one scan may outlast the timeout; there are always enough for SIGSTOP, SIGKILL and its effect.
             """
             deadline = time.monotonic() + timeout_s
             known: set[_Identity] = set()
-            number = signal.SIGSTOP
+            number, scans = signal.SIGSTOP, 0
             while found := self._signal(number):
-                if time.monotonic() > deadline or found.keys() <= self._not_permitted:
+                scans += 1
+                is_over = scans > MIN_END_SCANS and time.monotonic() > deadline
+                if is_over or found.keys() <= self._not_permitted:
                     break
                 number = signal.SIGKILL if found.keys() <= known else signal.SIGSTOP
                 known |= found.keys()
@@ -5833,7 +5847,6 @@ class JobLog:
         self._path, self._spool = path, spool if is_first else None
         self._limit = limit  # bytes, 0 for none
         self.target = self._spool.path if self._spool else path  # the file that the command writes to
-        self._is_lost = False  # unused
         self._is_emptied = False
         self._loss = ""
         self._cut = Cut()
@@ -6386,8 +6399,7 @@ class Ring:
     def log_leftovers(self, worker: int, before: str, after: str) -> None:
         """Log the processes of a worker's job that cannot be ended, if they have changed."""
         if after and after != before:
-            reason = leftovers_reason(after)
-            self._log(f"the job of worker {worker} cannot end: {reason.why}; {reason.remedy}")
+            self._log(f"the job of worker {worker} cannot end: {leftovers_text(after)}")
 
 
 class Hooks:
@@ -7090,12 +7102,7 @@ def pid_of(home: Home, job: Job) -> int | None:
 
 def stuck_lines(rows: Iterable[WorkerRow]) -> list[str]:
     """The jobs that cannot be ended, why, and what helps."""
-    return [
-        f"job {row.job} cannot end: {reason.why}; {reason.remedy}"
-        for row in rows
-        if row.leftovers and row.job
-        for reason in [leftovers_reason(row.leftovers)]
-    ]
+    return [f"job {row.job} cannot end: {leftovers_text(row.leftovers)}" for row in rows if row.leftovers and row.job]
 
 
 class StallReporter:

@@ -3312,8 +3312,9 @@ def test_platform_catches_what_forks_and_exits_for_ever(home: Home) -> None:
         for words in ("", " session"):
             id = home.add(f"env -i ./qthopper{words}; {waits_for('never')}", timeout=0.5, max_retries=0)
             same((home.ended(id).state, named("qthopper")), (q.State.DEAD, []))
-            id = home.add(f"env -i ./qthopper{words}; {waits_for('never')}", timeout=0, on_lost="dead")
-            until(lambda: named("qthopper"))
+            id = home.add(f"env -i ./qthopper{words} & touch up; {waits_for('never')}", timeout=0, on_lost="dead")
+            until((home.work / "up").exists)
+            (home.work / "up").unlink()
             os.kill(holder(home, id).pid, signal.SIGKILL)
             same((home.ended(id).state, named("qthopper")), (q.State.DEAD, []))
     finally:

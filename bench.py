@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
@@ -579,6 +579,94 @@ def large_looks(bench: Bench) -> Iterator[Row]:
         measures = [functools.partial(seconds, functools.partial(run, home)) for home in bench.large]
         ours, baseline = ([s * 1000 for s in times] for times in in_turns(7, *measures))
         yield compared(f"`{command}` with 5,000,000 jobs : 5,000", "ms", ours, baseline, Goal("<=", 1.5))
+
+
+@figure
+def families(bench: Bench) -> Iterator[Row]:
+    """What commands take over 40,000 jobs that wait for each other, against 10,000: a chain, one parent, one child."""
+    for shape, after in FAMILIES.items():
+        sizes = (40_000, 10_000)
+        many, few = (_family_seconds(bench, count, after) for count in sizes)
+        for command, taken_s in many.items():
+            ratio = taken_s / few[command]
+            yield Row(f"{command}, {shape}, 40,000 : 10,000", "s", taken_s, few[command], ratio, Goal("<=", 5))
+
+
+FAMILIES: dict[str, Callable[[int, int], list[str]]] = {
+    "a chain": lambda n, last: [f"n{n + 1}"] if n < last else [],  # children first
+    "one parent": lambda n, last: ["n0"] if n else [],
+    "one child": lambda n, last: [] if n else [f"n{parent}" for parent in range(1, last + 1)],
+}
+
+
+def _family_seconds(bench: Bench, count: int, after: Callable[[int, int], list[str]]) -> dict[str, float]:
+    """How much CPU each command uses on a family of so many jobs."""
+    tagged = q.Selection(tag="t")
+    home = bench.home()
+    with q.open_store(home.database) as store:
+        changes = store.changes
+        specs = (("", {"command": "true", "cwd": "/", "id": f"n{n}", "tag": "t", "after": after(n, count - 1) or None})
+                 for n in range(count))  # fmt: skip
+        steps: dict[str, Callable[[], Iterable[Any]]] = {
+            "`enqueue -`": lambda: store.jobs.enqueue(specs, q.now_ms()),
+            "`hold`": lambda: changes.set_hold(tagged, True, q.now_ms()),
+            "`edit`": lambda: changes.edit(tagged, {"priority": 3}, q.now_ms()),
+            "`cancel`": lambda: changes.cancel(tagged, q.now_ms()),
+            "`rerun`": lambda: changes.rerun(tagged, q.now_ms()),
+        }
+        return {name: _cpu_of(step) for name, step in steps.items()}
+
+
+def _cpu_of(step: Callable[[], Iterable[Any]]) -> float:
+    start = time.process_time()
+    q.do_to_the_end(step())
+    return time.process_time() - start
+
+
+@figure
+def due_at_once(bench: Bench) -> Iterator[Row]:
+    """Finish and claim while 500,000 jobs come due at one moment, against as many that wait for nothing."""
+    homes = bench.home(), bench.home()
+    for home in homes:
+        fill_waiting(home, 500_000)
+    with contextlib.closing(sqlite3.connect(homes[0].database)) as db, db:
+        now = q.now_ms()
+        db.execute("UPDATE jobs SET run_at = ?, due_at = ? WHERE seq % 50", (now, now))
+    sides = [Exchanges(home) for home in homes]
+    in_turns(50, *(side.time_one for side in sides))
+    ours, baseline = ([s * 1e6 for s in times] for times in in_turns(600, *(side.time_one for side in sides)))
+    for side in sides:
+        side.close()
+    yield compared("claim + finish, 500,000 come due : ready", "us", ours, baseline, Goal("<=", 1.5))
+
+
+@figure
+def large_changes(bench: Bench) -> Iterator[Row]:
+    """How long a claim waits at most while 300,000 jobs are cancelled, and the memory of commands on so many."""
+    if not hasattr(os, "wait4"):
+        raise Skipped("needs os.wait4")
+    home = bench.home()
+    fill_waiting(home, 300_000)
+    with contextlib.closing(sqlite3.connect(home.database)) as db, db:
+        db.execute("UPDATE jobs SET tag = 't' WHERE seq % 50")
+    for command in (["list", "--json"], ["export", "--tag", "t"], ["wait", "--tag", "t", "--timeout", "2"]):
+        yield Row(f"memory of `{command[0]}` with 300,000 jobs", "MiB RSS", _peak_mib(bench, home, command), None, None,
+                  Goal("<=", 64, "ours"))  # fmt: skip
+    with bench.workers(home, 2):
+        calm = _longest_wait_ms(home, 3.0)
+        with bench.start(*INSTALLED[1:], "cancel", "--tag", "t", home=home) as cancel:
+            busy = _longest_wait_ms(home, 6.0)
+            cancel.terminate()
+    name = "longest wait of a claim during `cancel --tag` : without"
+    yield Row(name, "ms", busy, calm, busy / calm, Goal("<=", 100, "ours"))
+
+
+def _peak_mib(bench: Bench, home: q.Home, command: Sequence[str]) -> float:
+    """The most memory that a command holds."""
+    with subprocess.Popen([*INSTALLED, *command], env=bench.env(home), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=bench.root) as child:  # fmt: skip
+        _, child.returncode, usage = os.wait4(child.pid, 0)
+    return usage.ru_maxrss / 1024
 
 
 @figure

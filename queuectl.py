@@ -45,6 +45,8 @@ The file, from top to bottom; a section uses only those above it:
 
 from __future__ import annotations
 
+import array
+import collections
 import contextlib
 import datetime
 import enum
@@ -83,8 +85,13 @@ BUSY_TIMEOUT_S = 30.0  # busy timeout of a command: another program holds the lo
 WORKER_BUSY_TIMEOUT_S = 5.0  # busy timeout of a worker, which then tries again
 BUSY_PAUSES_S = (0.0002, 0.004)  # first and longest pause between two tries for a busy lock; it doubles
 WRITE_GATE_S = 0.25  # longest wait of a worker at the write gate; then it writes without it
-PRUNE_PAUSE_S = 0.01  # pause between two transactions of `prune`, for other writers
+PAGE_JOBS = 1000  # jobs that a command on many changes in one transaction
+CASCADE_JOBS = 200  # jobs below one that ended badly that fail in one transaction
+PAGE_PAUSE_S = 0.01  # pause between two such transactions, for other writers
+MOST_PROMOTED = 50  # jobs that came due and become ready in one claim; of more only the best
+FLOOD_PROMOTED = 2  # jobs of each queue that become ready in one claim where more have come due
 RESTORE_TRIES = 5  # tries of a restore while others enqueue
+WAIT_SHARE = 10  # pause of a command that waits for many jobs, in times of what counting them took
 WAIT_POLL_S = 0.02  # poll interval of a command that waits
 LIMITED_POLL_S = 0.02  # poll interval of an attempt whose output is limited
 LOG_BLOCK = 1 << 20  # bytes of a log that are read at a time; the longest line that is folded
@@ -103,6 +110,7 @@ LOW_DISK_BYTES = 100 << 20  # free space below which `doctor` warns
 MAX_COMMAND_BYTES = 128 * 1024
 MAX_ARRAY = 10_000_000  # most numbers of one `enqueue --array`
 MAX_DELAY_S = 100 * 366 * 86_400  # longest delay of a job; the moment that results must have a date
+MAX_INTEGER = 2**63 - 1  # the largest integer of the database
 MAX_SECONDS = 253_402_300_799  # 9999-12-31, the last day of datetime
 EX_NOT_FOUND, EX_NOT_EXECUTABLE, EX_TEMPFAIL, EX_TIMED_OUT, EX_INTERRUPTED = 127, 126, 75, 124, 130
 
@@ -347,7 +355,7 @@ class State(str, enum.Enum):
 
 
 WAITING = (State.PENDING, State.FAILED)
-OPEN = (*WAITING, State.PROCESSING)
+OPEN = (State.PENDING, State.PROCESSING, State.FAILED)  # in the order of the index of keys, which SQLite uses only so
 HOPELESS = (State.DEAD, State.CANCELLED)  # a job that depends on such a one can never run
 ENDED = (State.COMPLETED, *HOPELESS)
 EDITABLE = (*WAITING, State.DEAD)
@@ -2301,6 +2309,32 @@ MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 WHERE error IS NOT NULL AND ended_by NOT IN ('given back', 'cancelled')""",
         ),
     ),
+    (
+        "5: many jobs at once, in short transactions",
+        (
+            # Dead and cancelled jobs whose waiting children are still to be failed: those above `child`.
+            """CREATE TABLE failing (
+                parent INTEGER PRIMARY KEY, child INTEGER NOT NULL DEFAULT 0)""",
+            """CREATE TRIGGER jobs_failed AFTER UPDATE OF state ON jobs WHEN NEW.state IN ('dead', 'cancelled')
+                AND EXISTS (SELECT 1 FROM dependencies WHERE parent = NEW.seq) BEGIN
+                INSERT INTO failing (parent) VALUES (NEW.seq) ON CONFLICT DO UPDATE SET child = 0;
+            END""",
+            """CREATE TRIGGER dependencies_failed AFTER INSERT ON dependencies
+                WHEN (SELECT state FROM jobs WHERE seq = NEW.parent) IN ('dead', 'cancelled') BEGIN
+                INSERT INTO failing VALUES (NEW.parent, NEW.child - 1)
+                    ON CONFLICT DO UPDATE SET child = min(child, NEW.child - 1);
+            END""",
+            # Counted once for each child, where a trigger would rewrite its row once for each of its parents.
+            "DROP TRIGGER dependencies_inserted",
+            "DROP TRIGGER dependencies_deleted",
+            # What has ended is not due, so promotion meets only what can run.
+            """UPDATE jobs SET due_at = NULL
+                WHERE due_at IS NOT NULL AND state IN ('completed', 'dead', 'cancelled')""",
+            # Where very many jobs are due, promotion reads the best of each queue.
+            """CREATE INDEX jobs_due_best ON jobs (queue, priority DESC, due_at)
+                WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0""",
+        ),
+    ),
 )
 
 
@@ -2390,6 +2424,7 @@ class Database:
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
         self.path, self.busy_timeout_s = path, busy_timeout_s
         self.commits = 0  # of this connection, without those that migrate the schema
+        self._tables = itertools.count(1)  # numbers its temporary tables
         try:
             self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
         except (sqlite3.Error, UnicodeError) as error:
@@ -2507,11 +2542,11 @@ class Database:
         changes = "RETURNING" in sql
         return self._until_free(lambda: self._connection.execute(sql, values).fetchall(), changes)
 
-    def rows(self, sql: str) -> Iterator[Any]:
+    def rows(self, sql: str, **values: Any) -> Iterator[Any]:
         """Yield the rows of a statement one by one, for large results."""
         self._connection.text_factory = _any_text  # a generator cannot start over as `_until_free` does
         try:
-            for row in self._connection.execute(sql):  # noqa: UP028 (that would close it, after the database perhaps)
+            for row in self._connection.execute(sql, values):  # noqa: UP028 (that would close it, after the database perhaps)
                 yield row
         except (sqlite3.Error, UnicodeError) as error:
             raise _domain_error(self.path, error) from error
@@ -2564,6 +2599,12 @@ class Database:
             return False
         self._connection.text_factory = _any_text
         return True
+
+    def make_table(self, columns: str) -> str:
+        """Make a temporary table, which lasts as long as the connection, and return its name."""
+        name = f"temp.t{next(self._tables)}"
+        self.run(f"CREATE TABLE {name} ({columns})")
+        return name
 
     def set_savepoint(self) -> None:
         """Remember what the open transaction has done so far."""
@@ -2671,6 +2712,10 @@ def _states_in(states: Sequence[State]) -> str:
 
 
 IS_WAITING, IS_OPEN, IS_HOPELESS, IS_ENDED = map(_states_in, (WAITING, OPEN, HOPELESS, ENDED))
+_COUNT_BLOCKERS = """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
+    ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
+_IS_PARENT_REMOVED = "parent NOT IN (SELECT seq FROM jobs)"
+_IS_TIMED = "due_at IS NOT NULL AND hold = 0 AND blockers = 0"  # the condition of the indexes of due jobs
 _TALLIES = {  # what `metrics` sums over all attempts, each by its name; those of waits are also kept for each queue
     "run count": "count(run)",
     "run sum": "total(run)",
@@ -2684,6 +2729,70 @@ _TALLIES = {  # what `metrics` sums over all attempts, each by its name; those o
 }
 
 
+# Of each queue the due jobs of the highest priority that has any: from one priority to the next, whatever each holds.
+_BEST_DUE = f"""WITH RECURSIVE firsts(queue, priority, due_at) AS (
+        SELECT * FROM (SELECT queue, priority, due_at FROM jobs WHERE {_IS_TIMED}
+            ORDER BY queue, priority DESC, due_at LIMIT 1)
+        UNION ALL SELECT next.queue, next.priority, next.due_at FROM firsts JOIN jobs AS next ON next.seq = coalesce(
+            (SELECT seq FROM jobs WHERE {_IS_TIMED} AND firsts.due_at > :now
+                AND queue = firsts.queue AND priority < firsts.priority ORDER BY priority DESC, due_at LIMIT 1),
+            (SELECT seq FROM jobs WHERE {_IS_TIMED} AND queue > firsts.queue
+                ORDER BY queue, priority DESC, due_at LIMIT 1)))
+    SELECT best.seq FROM firsts JOIN jobs AS best ON best.seq IN (SELECT seq FROM jobs WHERE {_IS_TIMED}
+        AND queue = firsts.queue AND priority = firsts.priority AND due_at <= :now
+        ORDER BY due_at, seq LIMIT {FLOOD_PROMOTED})"""
+
+
+@contextlib.contextmanager
+def _about(origin: str) -> Iterator[None]:
+    """Let an error begin with what it is about."""
+    try:
+        yield
+    except QueueError as error:
+        raise type(error)(f"{origin}{error}") from None
+
+
+def _waits_for_it(child: str, parent: str) -> BadInput:
+    return BadInput(f"job {printable(child)} cannot wait for {printable(parent)}, which waits for it")
+
+
+def link_in_circle(links: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return a parent and its child that lie on a circle. The links are small numbers, in the order of parents.
+
+    Whoever waits for nobody is taken away again and again, with its links: circles are left. Arrays of integers
+    hold it all, so a million links take 20 MB.
+    """
+    children, starts, waiting = array.array("i"), array.array("i", [0]), array.array("i", [0])
+    for parent, child in links:
+        starts.extend([len(children)] * (parent + 1 - len(starts)))
+        waiting.extend([0] * (max(parent, child) + 1 - len(waiting)))
+        children.append(child)
+        waiting[child] += 1
+    starts.extend([len(children)] * (len(waiting) + 1 - len(starts)))
+    free = array.array("i", (job for job, parents in enumerate(waiting) if not parents))
+    while free:
+        job = free.pop()
+        for child in children[starts[job] : starts[job + 1]]:
+            waiting[child] -= 1
+            if not waiting[child]:
+                free.append(child)
+    return _link_among(children, starts, waiting)
+
+
+def _link_among(children: array.array[int], starts: array.array[int], waiting: array.array[int]) -> (
+    tuple[int, int] | None
+):  # fmt: skip
+    """Return a link on a circle of the jobs that still wait: up from parent to parent leads into one."""
+    parents = {child: job for job, parents in enumerate(waiting) if parents
+               for child in children[starts[job] : starts[job + 1]]}  # fmt: skip
+    seen: set[int] = set()
+    job = next(iter(parents), None)
+    while job is not None and job not in seen:
+        seen.add(job)
+        job = parents[job]
+    return None if job is None else (parents[job], job)
+
+
 def _json_or_null(value: Sequence[Any] | None) -> str | None:
     return None if value is None else _to_json(value)
 
@@ -2695,6 +2804,49 @@ def _as_columns(spec: Spec) -> dict[str, Any]:
         if values.get(name) is not None:
             values[name] = _to_json(values[name])
     return values
+
+
+def _condition(where: Selection) -> str:
+    """Return the SQL condition of a selection without ids; its values are `tag` and `queue`."""
+    parts = [f"{name} = :{name}" for name in ("tag", "queue") if getattr(where, name) is not None]
+    return " AND ".join(parts + ([] if where.states is None else [_states_in(where.states)])) or "1"
+
+
+class Snapshot:
+    """The jobs that were chosen at one moment, in the order in which they were named.
+
+    Their numbers stand in a temporary table, so it takes little memory and no lock however many they are.
+    """
+
+    def __init__(self, db: Database, select: str, **values: Any) -> None:
+        self._db, self.table = db, db.make_table("n INTEGER PRIMARY KEY, seq INTEGER NOT NULL UNIQUE")
+        self.sql = f"(SELECT seq FROM {self.table})"
+        self.add(select, **values)
+
+    def add(self, select: str, **values: Any) -> None:
+        """Add jobs behind those that are there."""
+        self._db.run(f"INSERT OR IGNORE INTO {self.table} (seq) {select}", **values)
+
+    def remove(self, select: str, **values: Any) -> None:
+        """Remove jobs."""
+        self._db.run(f"DELETE FROM {self.table} WHERE seq IN ({select})", **values)
+
+    def size(self) -> int:
+        """Return how many they are."""
+        return int(self._db.one(f"SELECT count(*) FROM {self.table}")[0])
+
+    def outside(self, other: Snapshot) -> list[int]:
+        """Return the jobs that another snapshot does not hold."""
+        rows = self._db.all(f"SELECT seq FROM {self.table} WHERE seq NOT IN {other.sql} ORDER BY n")
+        return [row[0] for row in rows]
+
+    def pages(self) -> Iterator[list[int]]:
+        """Yield their numbers, so many at a time as are changed in one transaction."""
+        page = f"SELECT n, seq FROM {self.table} WHERE n > :last ORDER BY n LIMIT {PAGE_JOBS}"
+        last = 0
+        while rows := self._db.all(page, last=last):
+            yield [seq for _, seq in rows]
+            last = rows[-1][0]
 
 
 class Queries:
@@ -2798,38 +2950,55 @@ class Queries:
 
     def jobs(self, where: Selection = EVERY_JOB, limit: int | None = None, sort: str = "seq") -> list[Job]:
         """Return the newest jobs of a selection without ids, sorted by the order of enqueueing or by a column."""
-        rows = self._db.all(
-            f"SELECT * FROM ({_SELECT}"
-            """WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
-                AND (:tag IS NULL OR tag = :tag) AND (:queue IS NULL OR queue = :queue)
-                ORDER BY seq DESC LIMIT :limit)"""
-            f" ORDER BY {SORTS[sort.removeprefix('-')]} {'DESC' if sort.startswith('-') else ''}, seq",
-            states=_json_or_null(where.states),
-            tag=where.tag, queue=where.queue, limit=-1 if limit is None else limit,
-        )  # fmt: skip
-        return [readable_job(row) for row in rows]
+        return list(self.each(where, limit, sort))
 
-    def not_completed(self, seqs: Sequence[int] | None, limit: int) -> list[Job]:
+    def each(self, where: Selection = EVERY_JOB, limit: int | None = None, sort: str = "seq") -> Iterator[Job]:
+        """Yield the same one by one: memory stays the same however many they are."""
+        chosen = f"{_SELECT} WHERE {_condition(where)}"
+        if limit is not None:
+            chosen = f"SELECT * FROM ({chosen} ORDER BY seq DESC LIMIT :limit)"
+        order = f"{SORTS[sort.removeprefix('-')]} {'DESC' if sort.startswith('-') else ''}, seq"
+        rows = self._db.rows(f"{chosen} ORDER BY {order}", tag=where.tag, queue=where.queue, limit=limit)
+        return map(readable_job, rows)
+
+    def of(self, seqs: Sequence[int]) -> list[Job]:
+        """Return the jobs of these numbers in their order, without jobs that were removed."""
+        rows = self._db.all(f"{_SELECT} WHERE seq IN (SELECT value FROM json_each(:seqs))", seqs=_to_json(seqs))
+        found = {row[0]: row for row in rows}
+        return [readable_job(found[seq]) for seq in seqs if seq in found]
+
+    def ids_of(self, seqs: Sequence[int]) -> list[str]:
+        """Return the ids of the jobs of these numbers, in their order."""
+        rows = self._db.all(
+            "SELECT jobs.id FROM json_each(:seqs) AS asked JOIN jobs ON seq = asked.value ORDER BY asked.key",
+            seqs=_to_json(seqs),
+        )
+        return [str(row[0]) for row in rows]
+
+    def not_completed(self, among: Snapshot | None, limit: int) -> list[Job]:
         """Return the first dead or cancelled jobs among these; None means all jobs."""
-        rows = self._db.all(
-            f"""{_SELECT} WHERE (:seqs IS NULL OR seq IN (SELECT value FROM json_each(:seqs)))
-                AND {IS_HOPELESS} ORDER BY seq LIMIT :limit""",
-            seqs=_json_or_null(seqs), limit=limit,
-        )  # fmt: skip
+        these = f"seq IN {among.sql}" if among else "1"
+        rows = self._db.all(f"{_SELECT} WHERE {these} AND {IS_HOPELESS} ORDER BY seq LIMIT :limit", limit=limit)
         return [readable_job(row) for row in rows]
 
-    def next_of(self, seqs: Sequence[int] | None) -> Job | None:
-        """Return the job that these (None: all) wait for first: a running one, or the oldest that is not blocked."""
-        if seqs is None:
-            oldest = "SELECT min(seq) FROM jobs WHERE state = :state"
-            firsts = (self._db.one(oldest, state=state.value) for state in OPEN)
-            seqs = [first[0] for first in firsts if first]
+    def next_of(self, among: Snapshot | None) -> Job | None:
+        """Return the job that these (None: all) wait for first: a running one, or the oldest that is not blocked.
+
+        Where all of them are blocked, it is the same of the jobs above the first of them.
+        """
+        running, oldest = (
+            f"{_SELECT} WHERE {f'seq IN {among.sql}' if among else '1'} AND {condition} ORDER BY seq LIMIT 1"
+            for condition in ("state = 'processing'", f"+{IS_WAITING}")
+        )
+        row = self._db.one(running) or self._db.one(oldest.replace("ORDER", "AND blockers = 0 ORDER"))
+        if row or not (blocked := self._db.one(oldest)):
+            return readable_job(row) if row else None
         row = self._db.one(
-            f"""WITH RECURSIVE needed(seq) AS (SELECT value FROM json_each(:seqs)
+            f"""WITH RECURSIVE needed(seq) AS (SELECT :seq
                 UNION SELECT parent FROM dependencies JOIN needed ON child = needed.seq)
             {_SELECT} WHERE seq IN needed AND {IS_OPEN} AND blockers = 0
             ORDER BY state = 'processing' DESC, seq LIMIT 1""",
-            seqs=_to_json(seqs),
+            seq=blocked[0],
         )
         return readable_job(row) if row else None
 
@@ -2842,22 +3011,35 @@ class Queries:
         )
         return [None if row[0] is None else readable_job(row) for row in rows]
 
-    def chosen(self, which: Selection) -> list[Job]:
+    def chosen(self, which: Selection) -> Iterable[Job]:
         """Return the selected jobs in any state. Raise NotFound for an id that no job has."""
         if which == NOTHING:
             raise BadInput("name jobs by id, or choose them with --tag, --queue, --state or --all")
         if not check_selection(which).ids:
-            return self.jobs(which)
+            return self.each(which)
         found = (job or self.get(id) for id, job in zip(which.ids, self.named(which.ids), strict=True))
         return list({job.seq: job for job in found}.values())
 
-    def choose(self, which: Selection, states: Sequence[State], verb: str) -> list[Job]:
+    def snapshot(self, which: Selection) -> Snapshot:
+        """Return the same as they are now, for what takes some time."""
+        if which == NOTHING or which.ids:
+            return self.snapshot_of(job.seq for job in self.chosen(which))
+        select = f"SELECT seq FROM jobs WHERE {_condition(check_selection(which))} ORDER BY seq"
+        return Snapshot(self._db, select, tag=which.tag, queue=which.queue)
+
+    def snapshot_of(self, seqs: Iterable[int]) -> Snapshot:
+        """Return the jobs of these numbers."""
+        return Snapshot(self._db, "SELECT value FROM json_each(:seqs) ORDER BY key", seqs=_to_json(list(seqs)))
+
+    def choose(self, which: Selection, states: Sequence[State], verb: str) -> Snapshot:
         """Return the selected jobs that are in one of the states. Raise QueueError if a named job is not."""
-        chosen = self.chosen(which if which.ids else limited_to(which, states))
+        if not which.ids:
+            return self.snapshot(limited_to(which, states))
+        chosen = list(self.chosen(which))
         for job in chosen:
             if job.state not in states:
                 raise QueueError(f"job {job.id} is {job.state.value}: it cannot be {verb}")
-        return chosen
+        return self.snapshot_of(job.seq for job in chosen)
 
     def how_many(self, where: Selection = EVERY_JOB) -> int:
         """Return the number of jobs of a selection without ids, from the table of counts unless a tag is given."""
@@ -2871,11 +3053,10 @@ class Queries:
 
     # ---- counts and facts
 
-    def counts(self, seqs: Sequence[int] | None = None) -> dict[State, int]:
+    def counts(self, among: Snapshot | None = None) -> dict[State, int]:
         """Count these jobs by state. None means all jobs, which takes constant time."""
-        these = "(SELECT state, 1 AS n FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs)))"
-        source = "counts" if seqs is None else these
-        rows = self._db.all(f"SELECT state, sum(n) FROM {source} GROUP BY state", seqs=_to_json(seqs or ()))
+        source = f"(SELECT state, 1 AS n FROM jobs WHERE seq IN {among.sql})" if among else "counts"
+        rows = self._db.all(f"SELECT state, sum(n) FROM {source} GROUP BY state")
         sums = {state: n for state, n in rows if type(n) is int}
         return {state: sums.get(state.value, 0) for state in State}
 
@@ -2924,18 +3105,20 @@ class Queries:
     def revival(self, job: Job) -> Revival:
         """Return the roots of a dead job: itself and the hopeless jobs above it, without those below another of them.
 
-        Tried again, they bring back what died with them.
+        Tried again, they bring back what died with them. Of very many jobs above it the nearest are read, and the
+        one by which it died.
         """
         rows = self._db.all(
             f"""WITH RECURSIVE above(seq) AS (SELECT :seq UNION
+                SELECT seq FROM jobs WHERE seq = :failed_parent AND {IS_HOPELESS} UNION
                 SELECT parent FROM dependencies JOIN above ON child = above.seq
-                    JOIN jobs ON jobs.seq = parent WHERE {IS_HOPELESS}),
+                    JOIN jobs ON jobs.seq = parent WHERE {IS_HOPELESS} LIMIT {LIST_ROWS * 10}),
             links AS (SELECT child, jobs.seq IS NULL AS is_removed FROM dependencies
                 LEFT JOIN jobs ON jobs.seq = parent WHERE child IN above AND (jobs.seq IS NULL OR {IS_HOPELESS}))
             SELECT id, state, seq IN (SELECT child FROM links WHERE is_removed) FROM jobs
                 WHERE seq IN above AND seq NOT IN (SELECT child FROM links WHERE NOT is_removed) ORDER BY seq""",
-            seq=job.seq,
-        )
+            seq=job.seq, failed_parent=job.failed_parent,
+        )  # fmt: skip
         orphans = [printable(str(id)) for id, state, is_orphan in rows if is_orphan and state == State.DEAD.value]
         is_any_cancelled = any(state == State.CANCELLED.value for _, state, _ in rows)
         return Revival([printable(str(row[0])) for row in rows], is_any_cancelled, next(iter(orphans), None))
@@ -3085,6 +3268,9 @@ class Jobs:
             first = self._db.all(
                 f"{_ANSWERED} ORDER BY n LIMIT {LIST_ROWS}"
             )  # read before the commit, so that no error can follow it
+            self.fail_some_dependents()
+        with contextlib.suppress(StoreError):  # they are stored; a worker goes on with what is left
+            self.fail_all_dependents()
         rest = self._db.rows(f"{_ANSWERED} ORDER BY n LIMIT -1 OFFSET {LIST_ROWS}")
         return Enqueued(((id, bool(is_new)) for rows in (first, rest) for id, is_new in rows), made, tag)
 
@@ -3107,20 +3293,62 @@ class Jobs:
         """Insert the staged jobs, numbered from `last` + 1; `tag` is for those that have none."""
         self._skip_existing(skip_existing)
         self._make_up_ids(last)
-        self._insert_where("key IS NULL", last=last, now=now, tag=tag)
-        for n, key in self._db.all("SELECT n, key FROM staged WHERE is_new AND key IS NOT NULL ORDER BY n"):
-            holder = self._queries.key_holder(key)
-            if holder:
-                self._db.run("UPDATE staged SET is_new = 0, id = :id WHERE n = :n", n=n, id=holder)
-            else:
-                self._insert_where("n = :n", last=last, now=now, tag=tag, n=n)
-        for n, id, after, origin in self._db.all(
-            "SELECT n, id, after, origin FROM staged WHERE is_new AND after IS NOT NULL ORDER BY n"
-        ):
-            try:
-                self.add_dependencies(last + n, id, json.loads(after), now)
-            except QueueError as error:
-                raise type(error)(f"{origin}{error}") from None
+        self._skip_taken_keys()
+        columns = ", ".join(name for name in _STAGED if name != "tag")
+        self._db.run(
+            f"""INSERT INTO jobs (seq, due_at, updated_at, tag, {columns})
+                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, coalesce(tag, :tag), {columns}
+                FROM staged WHERE is_new ORDER BY n""",
+            last=last, now=now, tag=tag,
+        )  # fmt: skip
+        if self._db.one("SELECT 1 FROM staged WHERE after IS NOT NULL LIMIT 1"):
+            self._link_staged(last)
+
+    def _skip_taken_keys(self) -> None:
+        """Give staged jobs whose key is taken the id of the job that bears it, which may be one of them."""
+        if not self._db.one("SELECT 1 FROM staged WHERE key IS NOT NULL LIMIT 1"):
+            return
+        self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_key ON staged (key, is_new) WHERE key IS NOT NULL")
+        holder = f"(SELECT id FROM jobs WHERE jobs.key = staged.key AND jobs.{IS_OPEN})"
+        is_taken = f"is_new AND key IS NOT NULL AND {holder} IS NOT NULL"
+        self._db.run(f"UPDATE staged SET is_new = 0, id = {holder} WHERE {is_taken}")
+        self._db.run(
+            """UPDATE staged SET is_new = 0, id = first.id
+                FROM (SELECT key, min(n) AS n, id FROM staged WHERE is_new AND key IS NOT NULL GROUP BY key) AS first
+                WHERE staged.key = first.key AND staged.n > first.n AND staged.is_new"""
+        )
+
+    def _link_staged(self, last: int) -> None:
+        """Add the dependencies of the staged jobs, which may be on each other in any order."""
+        links = "FROM staged CROSS JOIN json_each(staged.after) AS asked"
+        is_linked = "staged.is_new AND staged.after IS NOT NULL"
+        unknown = self._db.one(
+            f"""SELECT origin, asked.value {links} WHERE {is_linked}
+                AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.id = asked.value) LIMIT 1"""
+        )
+        with _about(unknown[0] if unknown else ""):
+            if unknown:
+                self._queries.get(unknown[1])
+        self._db.run(
+            f"""INSERT OR IGNORE INTO dependencies SELECT parent.seq, :last + staged.n {links}
+                CROSS JOIN jobs AS parent ON parent.id = asked.value WHERE {is_linked}""",
+            last=last,
+        )
+        self._db.run(f"{_COUNT_BLOCKERS} WHERE seq > :last AND after IS NOT NULL", last=last)
+        # Only jobs of the batch can wait for each other in a circle: nothing else waits for them yet.
+        if self._db.one("SELECT 1 FROM dependencies WHERE parent > :last AND parent >= child LIMIT 1", last=last):
+            self._refuse_circle(last)
+
+    def _refuse_circle(self, last: int) -> None:
+        """Raise BadInput if new jobs wait for each other in a circle."""
+        links = self._db.rows(
+            "SELECT parent - :last, child - :last FROM dependencies WHERE parent > :last ORDER BY parent", last=last
+        )
+        if link := link_in_circle(links):
+            ids = (self._db.one("SELECT origin, id FROM staged WHERE n = :n", n=n) for n in link)
+            (_, parent), (origin, child) = ids
+            with _about(origin):
+                raise _waits_for_it(child, parent)
 
     def _make_up_ids(self, last: int) -> None:
         """Generate ids that are short, never reused, and sort by creation, for up to 268 million jobs."""
@@ -3138,15 +3366,6 @@ class Jobs:
             tag += "x"
         return tag
 
-    def _insert_where(self, condition: str, **values: Any) -> None:
-        columns = ", ".join(name for name in _STAGED if name != "tag")
-        self._db.run(
-            f"""INSERT INTO jobs (seq, due_at, updated_at, tag, {columns})
-                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, coalesce(tag, :tag), {columns}
-                FROM staged WHERE is_new AND {condition} ORDER BY n""",
-            **values,
-        )
-
     def _skip_existing(self, skip_existing: bool) -> None:
         """Skip staged ids that exist in the queue or occur above. Raise QueueError unless `skip_existing`."""
         if not self._db.one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
@@ -3160,32 +3379,77 @@ class Jobs:
         if taken and not skip_existing:
             raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
 
-    def add_dependencies(self, seq: int, child: str, parents: Sequence[str], now: int) -> None:
-        """Add the parents of a job. The job is dead at once if one of them can never complete."""
-        found = [self._queries.get(parent) for parent in parents]
-        for parent in found:
-            if parent.seq == seq or self._db.one(
-                """WITH RECURSIVE below(seq) AS (SELECT :seq
-                    UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
-                SELECT 1 FROM below WHERE seq = :parent""",
-                seq=seq, parent=parent.seq,
-            ):  # fmt: skip
-                raise BadInput(f"job {child} cannot wait for {parent.id}, which waits for it")
-            self._db.run("INSERT OR IGNORE INTO dependencies VALUES (:parent, :child)", parent=parent.seq, child=seq)
-        for parent in found:
-            if parent.state in HOPELESS:
-                self.fail_dependents(parent, now)
-
-    def fail_dependents(self, parent: Job, now: int) -> None:
-        """Make every waiting descendant of a job dead, because that job will never complete."""
-        self._db.run(
-            f"""WITH RECURSIVE below(seq) AS (SELECT child FROM dependencies WHERE parent = :parent
-                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq)
-            UPDATE jobs SET state = 'dead', failed_parent = :parent, error = :error,
-                updated_at = :now, finished_at = :now
-            WHERE seq IN below AND {IS_WAITING}""",
-            parent=parent.seq, error=f"waited for {parent.id}, which is {parent.state.value}", now=now,
+    def set_parents(self, children: Sequence[Job], parents: Sequence[str]) -> None:
+        """Let jobs wait for others, and for nothing else. What waits for a hopeless one is still to be failed."""
+        found, seqs = [self._queries.get(parent).seq for parent in parents], _to_json([job.seq for job in children])
+        these = "(SELECT value FROM json_each(:children))"
+        self._db.run(f"DELETE FROM dependencies WHERE child IN {these}", children=seqs)
+        row = self._db.one(
+            f"""WITH RECURSIVE above(seq, parent) AS (SELECT value, value FROM json_each(:parents)
+                UNION SELECT dependencies.parent, above.parent FROM dependencies JOIN above ON child = above.seq)
+            SELECT child.id, parent.id FROM above JOIN jobs AS child ON child.seq = above.seq
+                JOIN jobs AS parent ON parent.seq = above.parent WHERE above.seq IN {these} LIMIT 1""",
+            parents=_to_json(found), children=seqs,
         )  # fmt: skip
+        if row:
+            raise _waits_for_it(*row)
+        self._db.run(
+            """INSERT OR IGNORE INTO dependencies SELECT parent.value, child.value
+                FROM json_each(:parents) AS parent, json_each(:children) AS child""",
+            parents=_to_json(found), children=seqs,
+        )  # fmt: skip
+        self._db.run(f"{_COUNT_BLOCKERS} WHERE seq IN {these}", children=seqs)
+
+    def fail_some_dependents(self, limit: int = CASCADE_JOBS) -> bool:
+        """Make waiting children of dead and cancelled jobs dead, because those will never complete.
+
+        At most so many, at whatever depth, so that one transaction is short: tell whether more are left. Triggers
+        note in `failing` whose children are still to be failed, so anybody can go on. None of them can start
+        meanwhile, because it is blocked.
+        """
+        if not self._db.one("SELECT 1 FROM failing LIMIT 1"):
+            return False
+        with self._db.writing():
+            while limit > 0 and (links := self._take_failing(limit)):
+                self._fail_children(links)
+                limit -= len(links)
+            return self._db.one("SELECT 1 FROM failing LIMIT 1") is not None
+
+    def fail_all_dependents(self) -> None:
+        """Go on until none is left, with pauses in which others write."""
+        while self.fail_some_dependents():
+            time.sleep(PAGE_PAUSE_S)
+
+    def _take_failing(self, limit: int) -> list[tuple[int, int]]:
+        """Take the first parents and children of `failing` off it."""
+        links = self._db.all(
+            """SELECT failing.parent, dependencies.child FROM failing CROSS JOIN dependencies
+                ON dependencies.parent = failing.parent AND dependencies.child > failing.child
+                ORDER BY failing.parent, dependencies.child LIMIT :limit""",
+            limit=limit,
+        )
+        parent, child = links[-1] if len(links) == limit else (MAX_INTEGER, 0)
+        self._db.run("DELETE FROM failing WHERE parent < :parent", parent=parent)
+        self._db.run("UPDATE failing SET child = :child WHERE parent = :parent", parent=parent, child=child)
+        return links
+
+    def _fail_children(self, links: Sequence[tuple[int, int]]) -> None:
+        """Make those of these children dead that wait, by the first of their parents that is hopeless.
+
+        The error names the job at the top, and the moment is that of the parent's end.
+        """
+        self._db.run(
+            f"""UPDATE jobs SET state = 'dead', failed_parent = cause.top, error = cause.error, due_at = NULL,
+                updated_at = max(jobs.updated_at, cause.ended_at), finished_at = max(jobs.updated_at, cause.ended_at)
+            FROM (SELECT json_extract(link.value, '$[1]') AS child, min(parent.seq),
+                    coalesce(parent.failed_parent, parent.seq) AS top, coalesce(parent.finished_at, 0) AS ended_at,
+                    CASE WHEN parent.failed_parent IS NULL
+                        THEN 'waited for ' || parent.id || ', which is ' || parent.state ELSE parent.error END AS error
+                FROM json_each(:links) AS link JOIN jobs AS parent ON parent.seq = json_extract(link.value, '$[0]')
+                WHERE parent.{IS_HOPELESS} GROUP BY 1) AS cause
+            WHERE jobs.seq = cause.child AND jobs.{IS_WAITING}""",
+            links=_to_json(links),
+        )
 
     # ---- its way
 
@@ -3206,11 +3470,7 @@ class Jobs:
 
     def _claim_row(self, worker: int, queues: Sequence[str] | None, now: int) -> Any:
         with self._db.writing():
-            self._db.run(
-                """UPDATE jobs SET due_at = NULL WHERE due_at IS NOT NULL AND due_at <= :now
-                    AND hold = 0 AND blockers = 0""",
-                now=now,
-            )
+            self._promote_due(now)
             return self._db.one(
                 f"""UPDATE jobs SET state = 'processing', attempts = attempts + 1, worker = :worker,
                     started_at = :now, updated_at = :now, exit_code = NULL, error = NULL
@@ -3222,15 +3482,26 @@ class Jobs:
                 worker=worker, now=now, queues=_json_or_null(queues),
             )  # fmt: skip
 
+    def _promote_due(self, now: int) -> None:
+        """Make jobs ready whose time has come. Where very many came due at one moment, the best of each queue are.
+
+        Those are the first to have come due of the highest priority that has any. It is more than one claim takes.
+        """
+        due = f"SELECT 1 FROM jobs WHERE {_IS_TIMED} AND due_at <= :now LIMIT {MOST_PROMOTED + 1}"
+        [many] = self._db.one(f"SELECT count(*) FROM ({due})", now=now)
+        if many:
+            which = f"seq IN ({_BEST_DUE})" if many > MOST_PROMOTED else "due_at <= :now"
+            self._db.run(f"UPDATE jobs SET due_at = NULL WHERE {_IS_TIMED} AND {which}", now=now)
+
     def fail_damaged(self, seq: int, error: str, now: int) -> None:
         """Make a job dead whose row cannot be read: it can never run, and would stand in the way of others."""
-        row = self._db.one(
-            f"""UPDATE jobs SET state = 'dead', attempts = max(0, attempts - (state = 'processing')), cancelling = 0,
+        self._db.run(
+            """UPDATE jobs SET state = 'dead', attempts = max(0, attempts - (state = 'processing')), cancelling = 0,
                 due_at = NULL, updated_at = :now, finished_at = :now, error = :error
-            WHERE seq = :seq RETURNING {_COLUMNS}""",
+            WHERE seq = :seq""",
             seq=seq, now=now, error=error,
         )  # fmt: skip
-        self.fail_dependents(readable_job(row), now)
+        self.fail_some_dependents()
 
     def finish(self, job: Job, outcome: Outcome, settings: Settings, now: int, chance: float = 0.0) -> State | None:
         """End an attempt by the retry policy, and return the new state of the job.
@@ -3255,7 +3526,7 @@ class Jobs:
                 return self.finish(job._replace(cancelling=True), outcome, settings, now, chance) if asked else None
             self._keep_attempt(job, outcome, now)
             if after.state in HOPELESS:
-                self.fail_dependents(job._replace(state=after.state), now)
+                self.fail_some_dependents()
         return after.state
 
     def is_cancelling(self, job: Job) -> bool:
@@ -3273,22 +3544,21 @@ class Jobs:
             max_rss=outcome.max_rss, cpu_s=outcome.cpu_s, log_start=outcome.log_start, log_end=outcome.log_end,
         )  # fmt: skip
 
-    def next_due(self) -> int | None:
-        """Return when the next job comes due, in milliseconds since 1970."""
-        row = self._db.one("SELECT min(due_at) FROM jobs WHERE due_at IS NOT NULL AND hold = 0 AND blockers = 0")
+    def next_due(self, after: int = 0) -> int | None:
+        """Return when the next job comes due after a moment, both in milliseconds since 1970."""
+        row = self._db.one(f"SELECT min(due_at) FROM jobs WHERE {_IS_TIMED} AND due_at > :after", after=after)
         return cast("int | None", row[0])
 
     def restart_backoffs(self, now: int) -> None:
         """Restart the backoffs of failed jobs that began at a time which is now in the future."""
-        ahead = "SELECT 1 FROM jobs WHERE state = 'failed' AND updated_at > :now LIMIT 1"
-        if not self._db.one(ahead, now=now):
-            return
-        with self._db.writing():
-            self._db.run(
-                """UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now
-                    WHERE state = 'failed' AND updated_at > :now AND due_at > updated_at""",
-                now=now,
-            )
+        ahead = "state = 'failed' AND updated_at > :now AND due_at > updated_at"
+        page = f"SELECT seq FROM jobs WHERE {ahead} LIMIT {PAGE_JOBS}"
+        while self._db.one(page, now=now):
+            with self._db.writing():
+                self._db.run(
+                    f"UPDATE jobs SET due_at = :now + due_at - updated_at, updated_at = :now WHERE seq IN ({page})",
+                    now=now,
+                )
 
     def running_jobs(self, worker: int) -> list[Job]:
         """Return the jobs that a worker is running: one at most."""
@@ -3339,84 +3609,141 @@ class Changes:
     def __init__(self, db: Database, jobs: Jobs, queries: Queries, config: Config) -> None:
         self._db, self._jobs, self._queries, self._config = db, jobs, queries, config
 
-    def set_hold(self, which: Selection, hold: bool, now: int) -> list[str]:
-        """Hold or release waiting jobs, and return their ids."""
-        with self._db.writing():
-            chosen = self._queries.choose(which, WAITING, "held" if hold else "released")
-            for job in chosen:
-                self._db.run(
-                    "UPDATE jobs SET hold = :hold, updated_at = :now WHERE seq = :seq", seq=job.seq, hold=hold, now=now
-                )
-        return [job.id for job in chosen]
+    # ---- page by page
 
-    def cancel(self, which: Selection, now: int) -> list[Job]:
-        """Cancel waiting jobs, and mark running ones for their workers to end. Return the jobs as they were before.
+    def _change(
+        self, which: Selection, states: Sequence[State], verb: str, change: Callable[[Sequence[int]], list[_Result]],
+        check: Callable[[Sequence[int]], object] | None = None,
+    ) -> Iterator[_Result]:  # fmt: skip
+        """Change the selected jobs, and yield what came of each.
+
+        Those that are named change together. Of a selection each page is a transaction of its own: the first before
+        this returns, the others as what came of them is asked for. `check` sees all of them first.
+        """
+        if which.ids:
+            with self._db.writing():
+                chosen = self._queries.choose(which, states, verb)
+                done = [one for seqs in chosen.pages() for one in change(seqs)]
+            return itertools.chain(done, self._change_rest((), change))
+        chosen = self._queries.choose(which, states, verb)
+        if check:
+            collections.deque(map(check, chosen.pages()), maxlen=0)
+        return self._by_page(chosen, change)
+
+    def _by_page(self, chosen: Snapshot, change: Callable[[Sequence[int]], list[_Result]]) -> Iterator[_Result]:
+        pages = chosen.pages()
+        return itertools.chain(self._change_page(next(pages, []), change), self._change_rest(pages, change))
+
+    def _change_page(self, seqs: Sequence[int], change: Callable[[Sequence[int]], list[_Result]]) -> list[_Result]:
+        with self._db.writing():
+            return change(seqs) if seqs else []
+
+    def _change_rest(
+        self, pages: Iterable[list[int]], change: Callable[[Sequence[int]], list[_Result]]
+    ) -> Iterator[_Result]:
+        for seqs in pages:
+            time.sleep(PAGE_PAUSE_S)
+            yield from self._change_page(seqs, change)
+        with contextlib.suppress(StoreError):  # all that was asked for is done; a worker goes on with what is left
+            self._jobs.fail_all_dependents()
+
+    def _update(self, seqs: Sequence[int], condition: str, changes: str, **values: Any) -> list[int]:
+        """Change columns of these jobs where they fit a condition, and return the numbers of those that do."""
+        rows = self._db.all(
+            f"""UPDATE jobs SET {changes} WHERE seq IN (SELECT value FROM json_each(:seqs)) AND {condition}
+                RETURNING seq""",
+            **values, seqs=_to_json(seqs),
+        )  # fmt: skip
+        changed = {row[0] for row in rows}
+        return [seq for seq in seqs if seq in changed]
+
+    def set_hold(self, which: Selection, hold: bool, now: int) -> Iterator[str]:
+        """Hold or release waiting jobs, and yield their ids."""
+
+        def change(seqs: Sequence[int]) -> list[str]:
+            changed = self._update(seqs, IS_WAITING, "hold = :hold, updated_at = :now", hold=hold, now=now)
+            return self._queries.ids_of(changed)
+
+        return self._change(which, WAITING, "held" if hold else "released", change)
+
+    def cancel(self, which: Selection, now: int) -> Iterator[Job]:
+        """Cancel waiting jobs, and mark running ones for their workers to end. Yield the jobs as they were before.
 
         A named job that has ended is among them. It does not change.
         """
-        with self._db.writing():
-            chosen = self._queries.choose(which, OPEN if which.is_filter else list(State), "cancelled")
-            for job in chosen:
-                if job.state in ENDED:
-                    continue
-                if job.state is State.PROCESSING:
-                    self._db.run("UPDATE jobs SET cancelling = 1 WHERE seq = :seq", seq=job.seq)
-                    continue
-                self._db.run(
-                    f"""UPDATE jobs SET state = 'cancelled', updated_at = :now, finished_at = :now
-                    WHERE seq = :seq AND {IS_WAITING}""",
-                    seq=job.seq, now=now,
-                )  # fmt: skip
-            for job in chosen:  # last, so that a selected job that waits for another becomes cancelled and not dead
-                if job.state in WAITING:
-                    self._jobs.fail_dependents(job._replace(state=State.CANCELLED), now)
-        return chosen
 
-    def edit(self, which: Selection, spec: Spec, now: int) -> list[tuple[Job, Job]]:
-        """Change fields of waiting and of dead jobs. Dead jobs stay dead. Return each job before and after it."""
-        with self._db.writing():
-            return self._set_fields(self._queries.choose(which, EDITABLE, "edited"), spec, now)
+        def change(seqs: Sequence[int]) -> list[Job]:
+            jobs = [self._as_chosen(job, which) for job in self._queries.of(seqs)]
+            self._update(seqs, "state = 'processing'", "cancelling = 1")
+            self._update(
+                [job.seq for job in jobs if job.state in WAITING], "state <> 'processing'",
+                """state = 'cancelled', updated_at = :now, finished_at = :now, due_at = NULL,
+                    error = CASE WHEN failed_parent IS NULL THEN error END, failed_parent = NULL""",
+                now=now,
+            )  # fmt: skip
+            self._jobs.fail_some_dependents()  # last: a selected job that waits for another is cancelled and not dead
+            return [job for job in jobs if which.ids or job.state in OPEN]
 
-    def _set_fields(self, chosen: Sequence[Job], spec: Spec, now: int) -> list[tuple[Job, Job]]:
+        return self._change(which, OPEN if which.is_filter else list(State), "cancelled", change)
+
+    @staticmethod
+    def _as_chosen(job: Job, which: Selection) -> Job:
+        """Return a job as it was selected: open, though it has failed with a job of an earlier page meanwhile."""
+        has_failed = which.is_filter and job.state is State.DEAD and job.failed_parent is not None
+        return job._replace(state=State.PENDING) if has_failed else job
+
+    def edit(self, which: Selection, spec: Spec, now: int) -> Iterator[tuple[Job, Job]]:
+        """Change fields of waiting and of dead jobs. Dead jobs stay dead. Yield each job before and after it."""
+
+        def check(seqs: Sequence[int]) -> list[Job]:
+            jobs = [job for job in self._queries.of(seqs) if job.state in EDITABLE]
+            self._refuse_fields(jobs, spec)
+            return jobs
+
+        def change(seqs: Sequence[int]) -> list[tuple[Job, Job]]:
+            changed = self._set_fields(check(seqs), spec, now)
+            self._jobs.fail_some_dependents()
+            return changed
+
+        return self._change(which, EDITABLE, "edited", change, check)
+
+    def _refuse_fields(self, jobs: Sequence[Job], spec: Spec) -> None:
+        """Raise QueueError if one of these jobs cannot have these fields."""
+        key = spec.get("key")
+        holder = self._queries.key_holder(key)
+        for job in jobs:
+            if job.state in WAITING and "max_retries" in spec:
+                self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
+            if holder not in (None, job.id):
+                raise QueueError(f"job {job.id} cannot take key {key!r}: another bears it")
+            holder = job.id if key is not None and job.state in WAITING else holder
+
+    def _set_fields(self, jobs: Sequence[Job], spec: Spec, now: int) -> list[tuple[Job, Job]]:
         """Change fields of jobs that do not run. Return each job before and after the change."""
-        ran = [job.seq for job in chosen if job.started_at] if {"queue", "run_at"} & spec.keys() else []
-        with self._keeping_tallies(ran):
-            return [(job, self._edit_one(job, spec, now)) for job in chosen]
-
-    def _edit_one(self, job: Job, spec: Spec, now: int) -> Job:
-        if job.state in WAITING and "max_retries" in spec:
-            self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
-        if "key" in spec and not self._is_key_free(job, spec):
-            raise QueueError(f"job {job.id} cannot take key {spec['key']!r}: another bears it")
-        values = _as_columns(spec)
-        columns = ", ".join(f"{name} = :{name}" for name in values)
-        if "run_at" in values and job.state in WAITING:  # clearing it keeps a backoff that is running
+        seqs, values = [job.seq for job in jobs], _as_columns(spec)
+        columns = "".join(f"{name} = :{name}, " for name in values)
+        if "run_at" in values:  # clearing it keeps a backoff that is running
             values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
-            columns += ", due_at = CASE WHEN state = 'failed' AND :run_at IS NULL THEN due_at ELSE :due END"
-        row = self._db.one(
-            f"UPDATE jobs SET {columns}, updated_at = :now WHERE seq = :seq RETURNING {_COLUMNS}",
-            **values, seq=job.seq, now=now,
-        )  # fmt: skip
+            columns += f"""due_at = CASE WHEN NOT {IS_WAITING} OR (state = 'failed' AND :run_at IS NULL)
+                THEN due_at ELSE :due END, """
+        ran = [job.seq for job in jobs if job.started_at] if {"queue", "run_at"} & spec.keys() else []
+        with self._keeping_tallies(ran):
+            self._update(seqs, "1", f"{columns}updated_at = :now", **values, now=now)
         if "after" in spec:
-            self._db.run("DELETE FROM dependencies WHERE child = :seq", seq=job.seq)
-            self._jobs.add_dependencies(job.seq, job.id, spec["after"] or (), now)
-        return readable_job(row)
-
-    def _is_key_free(self, job: Job, spec: Spec) -> bool:
-        """Tell whether no other job that has not ended holds the key of a job, or the key that a spec gives it."""
-        return self._queries.key_holder(spec.get("key", job.key)) in (None, job.id)
+            self._jobs.set_parents(jobs, spec["after"] or ())
+        return list(zip(jobs, self._queries.of(seqs), strict=True))
 
     def _refuse_overdrawn(self, job: Job) -> None:
         """Raise QueueError for a job that has already used more attempts than it would be allowed."""
         if job.attempts > settings_for(job, self._config.settings()).max_retries:
             raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
 
-    def retry_dead(self, which: Selection, now: int, spec: Spec | None = None) -> list[str]:
+    def retry_dead(self, which: Selection, now: int, spec: Spec | None = None) -> Iterator[str]:
         """Dead jobs back to `pending`, as `rerun` does it."""
         return self._run_again(which, [State.DEAD], "retried", spec or {}, now)
 
-    def rerun(self, which: Selection, now: int, spec: Spec | None = None) -> list[str]:
-        """Jobs that have ended back to `pending` with no attempts made; the ids.
+    def rerun(self, which: Selection, now: int, spec: Spec | None = None) -> Iterator[str]:
+        """Jobs that have ended back to `pending` with no attempts made; their ids.
 
         What died because of them comes back with them. What waits for a completed one, or waits to be retried,
         waits for it again; what runs or has ended stays as it is. The fields of a spec are set first. One whose
@@ -3424,71 +3751,130 @@ class Changes:
         """
         return self._run_again(which, ENDED, "rerun", spec or {}, now)
 
-    def _run_again(self, which: Selection, states: Sequence[State], verb: str, spec: Spec, now: int) -> list[str]:
-        with self._db.writing():
+    def _run_again(self, which: Selection, states: Sequence[State], verb: str, spec: Spec, now: int) -> Iterator[str]:
+        if which.ids or {"key", "after"} & spec.keys():  # these fields decide which jobs can run, so they are set first
+            with self._db.writing():
+                chosen, able = self._set_all_fields(which, states, verb, spec, now)
+                return self._reopen_chosen(chosen, able, now)
+        chosen = self._queries.choose(which, states, verb)
+        able = self._able_to_run(chosen)
+        return self._by_page(able, lambda seqs: self._reopen(seqs, chosen, able, spec, now))
+
+    def _set_all_fields(
+        self, which: Selection, states: Sequence[State], verb: str, spec: Spec, now: int
+    ) -> tuple[Snapshot, Snapshot]:
+        """Change fields of the selected jobs, of those that can run then; these, and what comes back with them."""
+        left: list[int] = []
+        self._db.set_savepoint()
+        while True:
             chosen = self._queries.choose(which, states, verb)
-            self._db.set_savepoint()
-            while left := self._try_to_reopen(chosen, spec, now):
-                if which.ids:
-                    raise QueueError(self._why_still_ended(left[0], verb, spec))
-                self._db.undo_to_savepoint()
-                passed_over = {job.seq for job in left}
-                chosen = [job for job in chosen if job.seq not in passed_over]
-        return [job.id for job in chosen]
+            chosen.remove("SELECT value FROM json_each(:left)", left=_to_json(left))
+            for seqs in chosen.pages() if spec else ():
+                self._set_fields(self._queries.of(seqs), spec, now)
+            able = self._able_to_run(chosen)
+            more = chosen.outside(able)
+            if not more:
+                return chosen, able
+            if which.ids:
+                raise QueueError(self._why_still_ended(self._queries.of(more)[0], verb))
+            self._db.undo_to_savepoint()
+            left += more
 
-    def _try_to_reopen(self, chosen: Sequence[Job], spec: Spec, now: int) -> list[Job]:
-        """Bring ended jobs back as far as they can run; those that cannot, as they are then."""
-        able = [job for job in chosen if self._is_key_free(job, spec)]
-        if spec:  # first for all of them, because one may return to `pending` together with another
-            self._set_fields(able, spec, now)
-        for job in able:
-            self._reopen(job, now)
-        for parent in self._hopeless_parents():
-            self._jobs.fail_dependents(parent, now)
-        return [job for job in self._queries.named([job.id for job in chosen]) if job and job.state in ENDED]
+    def _reopen_chosen(self, chosen: Snapshot, able: Snapshot, now: int) -> Iterator[str]:
+        """Return selected jobs to `pending` at once, and what died because of them page by page."""
+        pages, ids, many = able.pages(), list[str](), chosen.size()
+        while len(ids) < many:
+            ids += self._reopen(next(pages), chosen, able, {}, now)
+        return itertools.chain(ids, self._change_rest(pages, lambda seqs: self._reopen(seqs, chosen, able, {}, now)))
 
-    def _why_still_ended(self, job: Job, verb: str, spec: Spec) -> str:
-        if not self._is_key_free(job, spec):
-            return f"job {job.id} cannot be {verb}: another of key {spec.get('key', job.key)!r} has not ended"
-        if job.failed_parent and self._db.one("SELECT 1 FROM jobs WHERE seq = :seq", seq=job.failed_parent):
-            reasons = WaitReasons([], False, None, 0, [], self._queries.revival(job))
-            remedy = remedy_of_dead(job, reasons)
-            return f"job {job.id} {job.error}: it cannot be {verb} before that; first: {remedy}"
-        return f"job {job.id} waits for a job that was removed: it can be {verb} with --clear after"
+    def _able_to_run(self, chosen: Snapshot) -> Snapshot:
+        """Return those of ended jobs, and of what died because of them, that can come back together.
 
-    def _reopen(self, job: Job, now: int) -> None:
-        """Return an ended job, and what died of it, to `pending`, if their keys are free and their parents exist.
-
-        What died of a job that had died of this one is among them: a job can be enqueued after a dead one.
+        Their keys are free, the first of a key before the others, and none of their parents is removed or stays
+        dead or cancelled.
         """
-        rows = self._db.all(
-            """WITH RECURSIVE below(seq) AS (SELECT :seq
-                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq
-                    JOIN jobs ON jobs.seq = child WHERE failed_parent IS NOT NULL)
-            SELECT seq FROM jobs WHERE seq IN below AND (seq = :seq OR failed_parent IN below) ORDER BY seq""",
-            seq=job.seq,
-        ) if job.state in HOPELESS else [(job.seq,)]  # fmt: skip
-        for row in rows:
-            self._db.run(
-                f"""UPDATE jobs SET state = 'pending', attempts = 0, failed_parent = NULL, finished_at = NULL,
-                    due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
-                    error = CASE WHEN failed_parent IS NULL THEN error END
-                WHERE seq = :seq AND {IS_ENDED}
-                    AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
-                        AND other.{IS_OPEN})
-                    AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq
-                        AND parent NOT IN (SELECT seq FROM jobs))""",
-                seq=row[0], now=now,
-            )  # fmt: skip
-
-    def _hopeless_parents(self) -> list[Job]:
-        """Return the dead and cancelled jobs that others wait for."""
-        rows = self._db.all(
-            f"""{_SELECT} WHERE {IS_HOPELESS} AND seq IN (
-                SELECT parent FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependencies.child
-                WHERE waiting.{IS_WAITING}) ORDER BY seq"""
+        able = Snapshot(self._db, f"SELECT seq FROM {chosen.table} ORDER BY n")
+        able.add(
+            f"""WITH RECURSIVE below(seq) AS (SELECT seq FROM jobs WHERE seq IN {chosen.sql} AND {IS_HOPELESS}
+                UNION SELECT child FROM dependencies JOIN below ON parent = below.seq JOIN jobs ON jobs.seq = child
+                    WHERE state = 'dead' AND failed_parent IS NOT NULL)
+            SELECT seq FROM below ORDER BY seq"""
         )
-        return [readable_job(row) for row in rows]
+        self._remove_with_children(
+            able, f"""SELECT child FROM dependencies LEFT JOIN jobs AS parent ON parent.seq = dependencies.parent
+                WHERE child IN {able.sql} AND (parent.seq IS NULL
+                    OR (parent.{IS_HOPELESS} AND parent.seq NOT IN {able.sql}))"""
+        )  # fmt: skip
+        keyed = f"FROM {able.table} AS able JOIN jobs USING (seq) WHERE key IS NOT NULL"
+        self._remove_with_children(
+            able, f"""SELECT seq {keyed} AND (EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key
+                    AND other.{IS_OPEN}) OR n > (SELECT first FROM firsts WHERE firsts.key = jobs.key))""",
+            f"firsts(key, first) AS (SELECT key, min(n) {keyed} GROUP BY key),"
+        )  # fmt: skip
+        return able
+
+    @staticmethod
+    def _remove_with_children(able: Snapshot, unable: str, tables: str = "") -> None:
+        """Remove jobs from those that can run, and what waits for them."""
+        able.remove(
+            f"""WITH RECURSIVE {tables} unable(seq) AS ({unable}
+                UNION SELECT child FROM unable JOIN jobs ON jobs.seq = unable.seq
+                    JOIN dependencies ON parent = unable.seq WHERE {IS_HOPELESS} AND child IN {able.sql})
+            SELECT seq FROM unable"""
+        )
+
+    def _why_still_ended(self, job: Job, verb: str) -> str:
+        """Say why a named job could not come back, with its new fields set."""
+        revival = self._queries.revival(job)
+        if tops := [self._queries.get(id) for id in revival.ids if id != job.id]:
+            remedy = remedy_of_dead(job, WaitReasons([], False, None, 0, [], revival))
+            why = f"waited for {tops[0].id}, which is {tops[0].state.value}"
+            return f"job {job.id} {why}: it cannot be {verb} before that; first: {remedy}"
+        if self._db.one(f"SELECT 1 FROM dependencies WHERE child = :seq AND {_IS_PARENT_REMOVED}", seq=job.seq):
+            return f"job {job.id} waits for a job that was removed: it can be {verb} with --clear after"
+        return f"job {job.id} cannot be {verb}: another of key {job.key!r} has not ended"
+
+    def _reopen(self, seqs: Sequence[int], chosen: Snapshot, able: Snapshot, spec: Spec, now: int) -> list[str]:
+        """Return ended jobs to `pending`, and return the ids of those that were chosen themselves.
+
+        Their keys and parents are looked at once more, because others may have changed them since.
+        """
+        if spec:
+            these = [job for job in self._queries.of(self._among(seqs, chosen)) if job.state in ENDED]
+            self._set_fields(these, spec, now)
+        back = self._update(
+            seqs, f"""{IS_ENDED}
+                AND NOT EXISTS (SELECT 1 FROM jobs AS other WHERE other.key = jobs.key AND other.{IS_OPEN})
+                AND NOT EXISTS (SELECT 1 FROM dependencies WHERE child = jobs.seq AND {_IS_PARENT_REMOVED})""",
+            """state = 'pending', attempts = 0, failed_parent = NULL, finished_at = NULL,
+                due_at = CASE WHEN run_at > :now THEN run_at END, updated_at = :now,
+                error = CASE WHEN failed_parent IS NULL THEN error END""",
+            now=now,
+        )  # fmt: skip
+        self._fail_again(seqs, back, able)
+        return self._queries.ids_of(self._among(back, chosen))
+
+    def _fail_again(self, seqs: Sequence[int], back: Sequence[int], able: Snapshot) -> None:
+        """Let jobs that came back fail again if a parent is hopeless by now that was not, or could not come back."""
+        able.remove(
+            "SELECT value FROM json_each(:seqs) WHERE value NOT IN (SELECT value FROM json_each(:back))",
+            seqs=_to_json(seqs), back=_to_json(back),
+        )  # fmt: skip
+        self._db.run(
+            f"""INSERT OR REPLACE INTO failing (parent) SELECT seq FROM jobs
+                WHERE seq IN (SELECT value FROM json_each(:seqs) UNION ALL
+                    SELECT parent FROM dependencies WHERE child IN (SELECT value FROM json_each(:back)))
+                AND +{IS_HOPELESS} AND seq NOT IN {able.sql}""",
+            seqs=_to_json(seqs), back=_to_json(back),
+        )  # fmt: skip
+        self._jobs.fail_some_dependents()
+
+    def _among(self, seqs: Sequence[int], chosen: Snapshot) -> list[int]:
+        """Return those of these jobs that were chosen."""
+        rows = self._db.all(
+            f"SELECT value FROM json_each(:seqs) WHERE value IN {chosen.sql} ORDER BY key", seqs=_to_json(seqs)
+        )
+        return [row[0] for row in rows]
 
     def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
         """Remove jobs that ended before a moment, and yield the ids of each batch.
@@ -3502,7 +3888,7 @@ class Changes:
             while rows := self._prune_batch(state, seq, before, batch, dry_run):
                 yield [row[1] for row in rows]
                 seq = rows[-1][0]
-                time.sleep(0 if dry_run else PRUNE_PAUSE_S)
+                time.sleep(0 if dry_run else PAGE_PAUSE_S)
         self._db.wait_for_disk(True)
         if not dry_run:
             with contextlib.suppress(StoreError), self._db.writing():  # rows that count 0 are harmless
@@ -3519,18 +3905,22 @@ class Changes:
                 self._remove([row[0] for row in rows])
         return rows
 
-    def purge_dead(self, which: Selection) -> list[str]:
-        """Remove dead jobs, and return their ids. The caller removes their logs."""
-        with self._db.writing():
-            chosen = self._queries.choose(which, [State.DEAD], "purged")
-            self._remove([job.seq for job in chosen])
-        return [job.id for job in chosen]
+    def purge_dead(self, which: Selection) -> Iterator[str]:
+        """Remove dead jobs, and yield their ids. The caller removes their logs."""
+
+        def change(seqs: Sequence[int]) -> list[str]:
+            dead = [job for job in self._queries.of(seqs) if job.state is State.DEAD]
+            self._remove([job.seq for job in dead])
+            return [job.id for job in dead]
+
+        return self._change(which, [State.DEAD], "purged", change)
 
     def _remove(self, seqs: Sequence[int]) -> None:
         """Remove jobs, and keep their contribution to the tallies, which never decrease."""
+        while self._jobs.fail_some_dependents():
+            pass  # what waits for them would never be failed once they are gone
         with self._keeping_tallies(seqs):
-            for seq in seqs:
-                self._db.run("DELETE FROM jobs WHERE seq = :seq", seq=seq)
+            self._db.run("DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs))", seqs=_to_json(seqs))
 
     @contextlib.contextmanager
     def _keeping_tallies(self, seqs: Sequence[int]) -> Iterator[None]:
@@ -3701,6 +4091,11 @@ class Upkeep:
             """SELECT id FROM jobs WHERE blockers <> (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
                 ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
         )
+        unfailed = self._db.all(
+            f"""SELECT child.id FROM jobs AS parent JOIN dependencies ON dependencies.parent = parent.seq
+                JOIN jobs AS child ON child.seq = dependencies.child
+                WHERE parent.{IS_HOPELESS} AND child.{IS_WAITING} AND parent.seq NOT IN (SELECT parent FROM failing)"""
+        )
         ownerless = self._db.all(
             "SELECT id FROM jobs WHERE state = 'processing' AND worker NOT IN (SELECT id FROM workers)"
         )
@@ -3708,6 +4103,7 @@ class Upkeep:
         return (
             [f"the count of {state} jobs in queue {queue} is off by {n}; {mend}" for queue, state, n in counts]
             + [f"job {id} waits for a wrong number of parents; {mend}" for (id,) in blocked]
+            + [f"job {id} waits for one that will never complete; {mend}" for (id,) in unfailed]
             + [f"job {id} is processing with a worker that does not exist; {mend}" for (id,) in ownerless]
             + [f"job {id}: {error}; remove it: queuectl dlq purge {id}" for _, id, _, error in self.damaged_rows()]
             + [f"config {key} is damaged, its default holds: queuectl config unset {key}"
@@ -3731,10 +4127,12 @@ class Upkeep:
                     self._jobs.fail_damaged(seq, error, now)
             self._db.run("DELETE FROM counts")
             self._db.run("INSERT INTO counts SELECT state, queue, count(*) FROM jobs GROUP BY state, queue")
+            self._db.run(_COUNT_BLOCKERS)
             self._db.run(
-                """UPDATE jobs SET blockers = (SELECT count(*) FROM dependencies LEFT JOIN jobs AS parent
-                    ON parent.seq = dependencies.parent WHERE child = jobs.seq AND parent.state IS NOT 'completed')"""
+                f"""INSERT OR IGNORE INTO failing (parent) SELECT seq FROM jobs
+                    WHERE {IS_HOPELESS} AND seq IN (SELECT parent FROM dependencies)"""
             )
+            self._jobs.fail_some_dependents()
             self._db.run(  # the row of a dead worker, which the next live one recovers
                 """INSERT INTO workers (id, pid, host, slot, started_at)
                     SELECT DISTINCT worker, 0, '', 0, :now FROM jobs
@@ -6465,16 +6863,19 @@ class Worker:
         self._conditions = Conditions(home, store, signs, self._log_problem, clock)
         self._ring = Ring(home, store, row.id, self._bell, log, clock)
         self._commits_seen = -1  # `commits_seen` before the last claim without a report
+        self._claimed_at = 0  # moment of that claim
         self._next_poll_s = self._next_duty_s = 0.0  # by the monotonic clock
         self._leftovers = ""  # processes of the current job that cannot be ended
         self._last_problem = ""
         self._ring_duty = Duty(DUTY_S, self._watch_ring)
+        self._failing_duty = Duty(DUTY_S, self._fail_dependents)
         self._duties = [
             Duty(DUTY_S, self._conditions.check_home),
             Duty(DUTY_S, self._conditions.check_schema),
             Duty(DUTY_S, self._conditions.restore_signs),
             Duty(DUTY_S, self._check_clock),
             Duty(DUTY_S, self._conditions.note_memory_kills),
+            self._failing_duty,
             self._ring_duty,
         ]
 
@@ -6516,6 +6917,7 @@ class Worker:
         ended: State | None = None
         if not report:
             self._commits_seen = store.db.commits_seen()
+            self._claimed_at = now
         with self._write_gate, store.db.writing():
             if report:
                 ended = store.jobs.finish(*report, self._settings, now, chance=self._clock.chance())
@@ -6638,7 +7040,7 @@ class Worker:
     def _wait(self) -> None:
         """Sleep until a job may be claimable or a stop request may have come."""
         try:
-            due = self._store.jobs.next_due()
+            due = self._store.jobs.next_due(self._claimed_at)
             while not (self._signals or self._conditions.forbid_work):
                 left_s = math.inf if due is None else (due - self._clock.now_ms()) / 1000
                 left_s = min(left_s, self._ring.idle_poll_s)
@@ -6677,6 +7079,11 @@ class Worker:
         if self._conditions.was_clock_set_back():
             self._store.jobs.restart_backoffs(self._clock.now_ms())
             self._force_claim()
+
+    def _fail_dependents(self) -> None:
+        """Fail more of what waits for jobs that ended dead or cancelled, where that is too much for one step."""
+        if self._store.jobs.fail_some_dependents():
+            self._failing_duty.due_s = self._clock.monotonic_s() + PAGE_PAUSE_S
 
     def _watch_ring(self) -> None:
         ended = self._ring.watch(self._settings)
@@ -6815,16 +7222,64 @@ def prune_jobs(
 ) -> tuple[int, QueueError | None]:
     """Remove jobs that ended before a moment, and their logs; how many, and what stopped that before its end."""
     removed = 0
-    try:
+
+    def remove() -> Iterator[str]:
         for ids in store.changes.prune(states, before, dry_run=dry_run):
-            removed += len(ids)
+            yield from ids
             remove_logs(home, store, () if dry_run else ids)
+
+    try:
+        for _ in until_broken_off(remove(), "removed", echo_err):
+            removed += 1
+    except QueueError as error:
+        return removed, error
+    return removed, None
+
+
+def until_broken_off(done: Iterable[_Result], what: str, echo_err: EchoErr) -> Iterator[_Result]:
+    """Hand on what is done in several transactions; where that is broken off, say how much has been done."""
+    many = 0
+    try:
+        for one in done:
+            many += 1
+            yield one
     except KeyboardInterrupt:
-        echo_err(f"{number_of(removed, 'job')} removed before it was interrupted")
+        echo_err(f"{number_of(many, 'job')} {what} before it was interrupted")
         raise
     except StoreError as error:
-        return removed, QueueError(f"broken off after {number_of(removed, 'job')} removed: {error.reason}")
-    return removed, None
+        raise QueueError(f"broken off after {number_of(many, 'job')} {what}: {error.reason}") from error
+    except QueueError as error:
+        raise QueueError(f"broken off after {number_of(many, 'job')} {what}: {error}") from error
+
+
+def batches(items: Iterable[_Result], size: int = LIST_ROWS) -> Iterator[list[_Result]]:
+    """Hand on items so many at a time, also those that came before an error."""
+    batch: list[_Result] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except QueueError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def purge_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -> Iterator[str]:
+    """Remove dead jobs and their logs; their ids as they are removed."""
+    return purge_logs(home, store, store.changes.purge_dead(which), echo_err)
+
+
+def purge_logs(home: Home, store: Store, removed: Iterable[str], echo_err: EchoErr) -> Iterator[str]:
+    """Remove the logs of jobs that are being removed, and hand their ids on."""
+    for ids in batches(removed):
+        with noting(echo_err, "done, but logs are left; remove them: queuectl doctor --repair"):
+            remove_logs(home, store, ids)
+        yield from ids
 
 
 @contextlib.contextmanager
@@ -6844,10 +7299,10 @@ def wake_worker(home: Home, store: Store, echo_err: EchoErr) -> None:
 
 
 class Cancelled(NamedTuple):
-    """What a `cancel` came to."""
+    """What a `cancel` comes to."""
 
-    ids: list[str]
-    passed_over: list[Job]  # those that had ended before
+    ids: Iterable[str]  # as they are cancelled
+    passed_over: Sequence[Job] = ()  # of those named, what had ended before
 
 
 def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -> Cancelled:
@@ -6856,19 +7311,31 @@ def cancel_jobs(home: Home, store: Store, which: Selection, echo_err: EchoErr) -
     A running job that came to another end is named on stderr, and so is one whose end cannot be waited for.
     """
     chosen = store.changes.cancel(which, now_ms())
-    passed_over = [job for job in chosen if job.state in ENDED]
-    running = [job for job in chosen if job.state is State.PROCESSING]
+    if which.is_filter:
+        return Cancelled(cancelled_ids(home, store, chosen, echo_err))
+    named = list(chosen)
+    gone = set(cancelled_ids(home, store, named, echo_err))
+    return Cancelled([job.id for job in named if job.id in gone], [job for job in named if job.state in ENDED])
+
+
+def cancelled_ids(home: Home, store: Store, chosen: Iterable[Job], echo_err: EchoErr) -> Iterator[str]:
+    """The ids of jobs that are cancelled: first of those that waited, then of those that ran."""
+    running = []
+    for job in chosen:
+        if job.state in WAITING:
+            yield job.id
+        if job.state is State.PROCESSING:
+            running.append(job)
     ends: dict[int, State] | None = None
     with noting(echo_err, "their end is not known yet, look at them with `queuectl list`", running):
         ends = wait_for_cancelled(home, store, running, echo_err)
-    if ends is None:
-        return Cancelled([job.id for job in chosen if job.state in WAITING], passed_over)
-    for job in running:
-        if ends.get(job.seq) is not State.CANCELLED:
-            now = ends[job.seq].value if job.seq in ends else "removed"
+    for job in running if ends is not None else ():
+        state = ends.get(job.seq) if ends else None
+        if state is State.CANCELLED:
+            yield job.id
+        else:
+            now = state.value if state else "removed"
             echo_err(f"job {job.id} is not cancelled but {now}: it had come to its end")
-    gone = [job.id for job in chosen if job.state in WAITING or ends.get(job.seq) is State.CANCELLED]
-    return Cancelled(gone, passed_over)
 
 
 def wait_for_cancelled(home: Home, store: Store, running: Sequence[Job], echo_err: EchoErr) -> dict[int, State]:
@@ -6878,7 +7345,7 @@ def wait_for_cancelled(home: Home, store: Store, running: Sequence[Job], echo_er
         ring(home, worker or 0)
     report = WaitReporter(store, home, echo_err)
     seqs = [job.seq for job in running]
-    while running and store.queries.counts(seqs)[State.PROCESSING]:
+    while State.PROCESSING in store.queries.states(seqs).values():
         rows = [row for row in store.workers.all() if row.id in holders]
         if not rows:
             break  # a job whose worker has no row: `doctor` tells of it
@@ -6934,20 +7401,22 @@ def hint_at_workers(home: Home, store: Store, echo_err: EchoErr) -> None:
 
 
 def wait_for_jobs(
-    store: Store, seqs: Sequence[int] | None, timeout_s: float, progress: Callable[[int], object],
+    store: Store, among: Snapshot | None, timeout_s: float, progress: Callable[[int], object],
     look: Callable[[], object],
 ) -> dict[State, int] | None:  # fmt: skip
     """Wait until these jobs, or with None all of the queue, have ended; how they did. None at the time-out.
 
-    `progress` hears how many have, `look` is called all the while.
+    `progress` hears how many have, `look` is called all the while. Where counting them takes long, it is done the
+    more rarely.
     """
     deadline = time.monotonic() + timeout_s
-    seen, before = None, None
+    seen, before, next_count_s = None, None, 0.0
     removed = 0  # of the dead and cancelled: that they are gone does not make them good
     while True:
         version = store.db.commits_seen()
-        if version != seen:
-            counts, seen = store.queries.counts(seqs), version
+        if version != seen and (began_s := time.monotonic()) >= next_count_s:
+            counts, seen = store.queries.counts(among), version
+            next_count_s = time.monotonic() + WAIT_SHARE * (time.monotonic() - began_s)
             removed += removed_failures(before or counts, counts)
             before = counts
             progress(sum(counts[state] for state in ENDED))
@@ -7108,34 +7577,34 @@ def stuck_lines(rows: Iterable[WorkerRow]) -> list[str]:
 class StallReporter:
     """Tells who waits for jobs what keeps them from ending, with the command that helps: once for each such thing."""
 
-    def __init__(self, home: Home, store: Store, seqs: Sequence[int] | None, echo_err: EchoErr) -> None:
-        self._home, self._store, self._seqs, self._echo_err = home, store, seqs, echo_err
+    def __init__(self, home: Home, store: Store, among: Snapshot | None, echo_err: EchoErr) -> None:
+        self._home, self._store, self._among, self._echo_err = home, store, among, echo_err
         self._next_poll_s = 0.0  # on the monotonic scale
         self._told: str | None = None
 
     def __call__(self) -> None:
         """Tell what is new, at most once a second."""
-        if time.monotonic() >= self._next_poll_s:
-            self._next_poll_s = time.monotonic() + DUTY_S
+        if (began_s := time.monotonic()) >= self._next_poll_s:
             found = self._obstacle()
+            self._next_poll_s = max(began_s + DUTY_S, time.monotonic() + WAIT_SHARE * (time.monotonic() - began_s))
             if found and found != self._told:
                 self._echo_err(found)
             self._told = found
 
     def _obstacle(self) -> str | None:
-        job = self._store.queries.next_of(self._seqs)
+        job = self._store.queries.next_of(self._among)
         if not job:
             return None
         reason = reason_of(self._home, self._store, job)
         return f"job {job.id}: {reason.why}; {reason.remedy}" if reason.why and reason.remedy else None
 
 
-def failures_line(store: Store, seqs: Sequence[int] | None, counts: Mapping[State, int] | None) -> str | None:
+def failures_line(store: Store, among: Snapshot | None, counts: Mapping[State, int] | None) -> str | None:
     """A line that names some of these jobs, with None of all, that have ended and not completed."""
     failed = sum(counts[state] for state in HOPELESS) if counts else 0
     if not counts or not failed:
         return None
-    named = [how_ended(job) for job in store.queries.not_completed(seqs, 3)]
+    named = [how_ended(job) for job in store.queries.not_completed(among, 3)]
     more = [f"{failed - len(named)} more"] if failed > len(named) > 0 else []
     what = ": ".join(filter(None, ("did not complete", ", ".join(named + more))))
     return f"{failed} of {sum(counts.values())} {what}"
@@ -7146,11 +7615,11 @@ def stream_until_done(
 ) -> int:
     """Wait for jobs, handing on the output of one alone; what to exit with."""
     jobs = [store.queries.get(id) for id in ids]
-    seqs = [job.seq for job in jobs]
-    report_stall = StallReporter(home, store, seqs, echo_err)
+    among = store.queries.snapshot_of(job.seq for job in jobs)
+    report_stall = StallReporter(home, store, among, echo_err)
     if len(jobs) != 1:
-        found = wait_for_jobs(store, seqs, math.inf, lambda _: None, report_stall)
-        echo_some(echo_err, failures_line(store, seqs, found))
+        found = wait_for_jobs(store, among, math.inf, lambda _: None, report_stall)
+        echo_some(echo_err, failures_line(store, among, found))
         return exit_code_of_all(found)
     job = follow_log(store, home.log(jobs[0].id), jobs[0], write, report_stall)
     last = next(reversed(store.queries.history(job)), None)
@@ -7349,6 +7818,9 @@ class OutputFailed(QueueError):
     """Standard output takes no more, and not because its reader has seen enough."""
 
 
+NO_JOBS = ("no such jobs",)
+
+
 def put_out(write: Callable[[], object]) -> bool:
     """Write to standard output; False, and silent from then on, once nobody reads it any more."""
     try:
@@ -7363,12 +7835,49 @@ def put_out(write: Callable[[], object]) -> bool:
 
 def echo(lines: Iterable[str]) -> bool:
     """Print lines, coloured where a person looks and has not said NO_COLOR; False once nobody reads them."""
-    return all(put_out(functools.partial(click.echo, line, color=wants_colour())) for line in lines)
+    texts = ("\n".join(batch) for batch in batches(lines))
+    return all(put_out(functools.partial(click.echo, text, color=wants_colour())) for text in texts)
 
 
 def echo_json(document: Any) -> bool:
     """Print one JSON document."""
     return put_out(functools.partial(click.echo, json.dumps(document)))
+
+
+def echo_array(documents: Iterable[Any]) -> bool:
+    """Print one JSON array piece by piece. It is whole though what makes it fails; False once nobody reads it."""
+    before, is_read = "[", True
+    try:
+        for batch in batches(documents):
+            text = before + ", ".join(map(json.dumps, batch))
+            before = ", "
+            is_read = put_out(functools.partial(click.echo, text, nl=False))
+            if not is_read:
+                break
+    finally:
+        if before != "[":
+            put_out(functools.partial(click.echo, "]"))
+    return is_read and (before != "[" or echo_json([]))
+
+
+def answer_each(as_json: bool, done: Iterable[tuple[Any, str]], none: Sequence[str] = NO_JOBS) -> None:
+    """Print what is done as it comes, as an array or in lines. It is done to the end though nobody reads that."""
+    left = iter(done)
+    try:
+        if as_json:
+            echo_array(document for document, _ in left)
+        else:
+            first = list(itertools.islice(left, 1))
+            echo(line for _, line in itertools.chain(first, left)) if first else echo(none)
+    except OutputFailed:
+        do_to_the_end(left)
+        raise
+    do_to_the_end(left)
+
+
+def do_to_the_end(left: Iterable[Any]) -> None:
+    """Go on with what is done as it is asked for."""
+    collections.deque(left, maxlen=0)
 
 
 def answer(as_json: bool, document: Any, lines: Iterable[str]) -> bool:
@@ -7393,8 +7902,6 @@ def width() -> int:
     return terminal_columns() if sys.stdout.isatty() else 10_000
 
 
-MOST = 2**63 - 1  # the largest integer of the database
-NO_JOBS = ("no such jobs",)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
 
@@ -7507,7 +8014,7 @@ clear_option = click.option(
     "--clear", type=click.Choice(sorted({*CLEARABLE, *map(as_option, CLEARABLE)})), multiple=True,
     metavar="FIELD", help="As if nothing had been said of it; may be repeated.",
 )  # fmt: skip
-limit_option = click.option("--limit", type=click.IntRange(0, MOST), metavar="N",
+limit_option = click.option("--limit", type=click.IntRange(0, MAX_INTEGER), metavar="N",
                             help="The newest N; default 100, with --all or --json no limit.")  # fmt: skip
 queues_option = click.option("--queue", "queues", multiple=True, metavar="Q", shell_complete=complete_queues,
                              help="Take only this queue; may be repeated.")  # fmt: skip
@@ -7657,10 +8164,10 @@ def show_specs(specs: Iterable[tuple[str, Spec]], as_json: bool) -> None:
 
 def show_enqueued(stored: Enqueued, as_json: bool, keep: bool) -> Sequence[str]:
     """Print what an `enqueue` has stored. Return the ids where they are to be kept."""
-    jobs = list(stored) if as_json or keep else stored
+    jobs = list(stored) if keep else stored
     if as_json:
         tags: Sequence[dict[str, Any]] = ({"tag": None}, {"tag": stored.tag}) if stored.tag else ({}, {})
-        echo_json([{"id": id, "created": created, **tags[created]} for id, created in jobs])
+        echo_array({"id": id, "created": created, **tags[created]} for id, created in jobs)
     else:
         echo(id for id, _ in jobs)
     if stored.tag and stored.made and sys.stderr.isatty():
@@ -7942,9 +8449,8 @@ def draw(lines: Iterable[str]) -> bool:
 
 @cli.command("list")
 @selection_options(*State)
-@click.option(
-    "--next", "following", type=click.IntRange(1, MOST), metavar="N", help="The N that start next, in that order."
-)
+@click.option("--next", "following", type=click.IntRange(1, MAX_INTEGER), metavar="N",
+              help="The N that start next, in that order.")  # fmt: skip
 @limit_option
 @click.option("--sort", type=click.Choice([f"{sign}{key}" for key in SORTS for sign in ("", "-")]),
               metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
@@ -8000,22 +8506,24 @@ def show_jobs(home: Home, store: Store, where: Selection, limit: int | None, as_
               sort: str = "seq", names: Sequence[str] | None = None) -> None:  # fmt: skip
     """Print the jobs of a choice without ids, and how many more there are."""
     is_cut = limit is None and not (as_json or names or where.every)
-    jobs = store.queries.jobs(where, LIST_ROWS if is_cut else limit, sort)
-    more = 0 if as_json or names else store.queries.how_many(where) - len(jobs)
-    print_jobs(home, store, jobs, names, as_json, more)
+    jobs = store.queries.each(where, LIST_ROWS if is_cut else limit, sort)
+    if as_json or names:
+        return print_jobs(home, store, jobs, names, as_json)
+    shown = list(jobs)
+    print_jobs(home, store, shown, names, as_json, store.queries.how_many(where) - len(shown))
 
 
-def print_jobs(home: Home, store: Store, jobs: Sequence[Job], names: Sequence[str] | None, as_json: bool,
+def print_jobs(home: Home, store: Store, jobs: Iterable[Job], names: Sequence[str] | None, as_json: bool,
                more: int = 0) -> None:  # fmt: skip
     """Print jobs as JSON, as columns for a script, or as a table for a person."""
     if as_json:
-        echo_json([job_json(job) for job in jobs])
+        echo_array(job_json(job) for job in jobs)
     elif names:
         echo(column_line(job, names) for job in jobs)
     else:
-        living, queues = living_workers(home, store), store.queues.all()
-        found = store.queries.wait_reasons(jobs, living, queues, store.config.settings())
-        echo(job_lines(jobs, found, more, now_ms(), width()))
+        living, queues, shown = living_workers(home, store), store.queues.all(), list(jobs)
+        found = store.queries.wait_reasons(shown, living, queues, store.config.settings())
+        echo(job_lines(shown, found, more, now_ms(), width()))
 
 
 @cli.command("show")
@@ -8037,8 +8545,8 @@ def show_command(home: Home, store: Store, id: str, as_json: bool) -> None:
 @click.argument("id", required=False, shell_complete=complete_ids)
 @click.option("--failed", is_flag=True, help="Of the job that failed last.")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
-@click.option("--tail", type=click.IntRange(0, MOST), metavar="N", help="The last N lines alone.")
-@click.option("--attempt", type=click.IntRange(1, MOST), metavar="K", help="The output of attempt K alone.")
+@click.option("--tail", type=click.IntRange(0, MAX_INTEGER), metavar="N", help="The last N lines alone.")
+@click.option("--attempt", type=click.IntRange(1, MAX_INTEGER), metavar="K", help="The output of attempt K alone.")
 @click.option("--raw", is_flag=True, help="Every byte, progress bars in all their states.")
 @with_store
 def logs_command(
@@ -8052,7 +8560,7 @@ def logs_command(
     start, end = log_range(path, job, store.queries.history(job), attempt)
     start = start if tail is None else tail_start(path, tail, start, end)
     if follow and end is None:
-        report_stall = StallReporter(home, store, [job.seq], echo_err)
+        report_stall = StallReporter(home, store, store.queries.snapshot_of([job.seq]), echo_err)
         job = follow_log(store, path, job, write_out, report_stall, attempt, start)
         if job.state is not State.COMPLETED:
             echo_err(f"job {how_ended(job)}")
@@ -8082,23 +8590,22 @@ def last_job(store: Store, failed: bool) -> Job:
 @with_store
 def wait_command(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
     """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
-    every = which in (NOTHING, EVERY_JOB)
-    seqs = None if every else [job.seq for job in some_of(store.queries.chosen(which))]
-    counts = store.queries.counts(seqs)
+    among = None if which in (NOTHING, EVERY_JOB) else store.queries.snapshot(which)
+    total = sum(store.queries.counts(among).values())
+    refuse_none(among is None or total)
     timeout_s = option_duration("--timeout", timeout)
-    with progress_to(sum(counts.values())) as progress:
-        found = wait_for_jobs(store, seqs, timeout_s, progress, StallReporter(home, store, seqs, echo_err))
+    with progress_to(total) as progress:
+        found = wait_for_jobs(store, among, timeout_s, progress, StallReporter(home, store, among, echo_err))
     if as_json:
         echo_json({state.value: found[state] if found else 0 for state in ENDED} | {"timed_out": found is None})
-    echo_some(echo_err, failures_line(store, seqs, found))
+    echo_some(echo_err, failures_line(store, among, found))
     return exit_code_of_all(found)
 
 
-def some_of(jobs: list[Job]) -> list[Job]:
-    """Jobs to wait for; NotFound where there are none, which is most likely a slip."""
-    if not jobs:
+def refuse_none(count: int) -> None:
+    """NotFound where there are no jobs to wait for, which is most likely a slip."""
+    if not count:
         raise NotFound("no job has that tag, queue or state")
-    return jobs
 
 
 def echo_err(text: str) -> None:
@@ -8124,9 +8631,9 @@ def progress_to(total: int) -> Iterator[Callable[[int], object]]:
 @with_store
 def cancel_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Let waiting jobs never run, and end those that do; jobs that have ended are passed over."""
-    done, passed_over = cancel_jobs(home, store, which, echo_err)
-    echo_some(echo_err, passed_over_line(passed_over, len(done) + len(passed_over)))
-    echo_done(done, "cancelled", as_json, none=[] if passed_over else NO_JOBS)
+    ids, passed_over = cancel_jobs(home, store, which, echo_err)
+    echo_some(echo_err, passed_over_line(passed_over, len(list(ids)) + len(passed_over)) if passed_over else None)
+    echo_done(ids, "cancelled", as_json, none=[] if passed_over else NO_JOBS)
 
 
 @cli.command("edit", cls=TypedCommand)
@@ -8140,8 +8647,10 @@ def edit_command(home: Home, store: Store, which: Selection, spec: Spec, as_json
     """
     done = store.changes.edit(which, require_changes(spec), now_ms())
     wake_worker(home, store, echo_err)
-    document = [{"id": after.id, "changed": changed_fields(before, after)} for before, after in done]
-    answer(as_json, document, [edit_line(before, after) for before, after in done] or NO_JOBS)
+    answer_each(as_json, (
+        ({"id": after.id, "changed": changed_fields(before, after)}, edit_line(before, after))
+        for before, after in until_broken_off(done, "edited", echo_err)
+    ))  # fmt: skip
 
 
 @cli.command("rerun", cls=TypedCommand)
@@ -8202,15 +8711,12 @@ def dlq_retry_command(home: Home, store: Store, which: Selection, spec: Spec, as
 @with_store
 def dlq_purge_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
     """Remove dead jobs and their logs for good."""
-    done = store.changes.purge_dead(which)
-    with noting(echo_err, "done, but logs are left; remove them: queuectl doctor --repair"):
-        remove_logs(home, store, done)
-    echo_done(done, "purged", as_json)
+    echo_done(purge_jobs(home, store, which, echo_err), "purged", as_json)
 
 
-def echo_done(ids: Sequence[str], what: str, as_json: bool, none: Sequence[str] = NO_JOBS) -> None:
+def echo_done(ids: Iterable[str], what: str, as_json: bool, none: Sequence[str] = NO_JOBS) -> None:
     """Print what has become of some jobs, or that there were none."""
-    answer(as_json, [{"id": id} for id in ids], [f"{id} {what}" for id in ids] or none)
+    answer_each(as_json, (({"id": id}, f"{id} {what}") for id in until_broken_off(ids, what, echo_err)), none)
 
 
 @cli.command("hold")

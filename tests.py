@@ -2611,6 +2611,108 @@ def test_edit_after_of_a_long_chain_refuses_every_cycle(home: Home) -> None:
     same(home.job("n0").blockers, 0)
 
 
+def test_enqueue_of_a_chain_lands_in_any_order_and_names_a_circle(home: Home) -> None:
+    """Children may stand before their parents; jobs that wait for each other are refused with the line of one."""
+    chain: list[dict[str, Any]] = [{"command": "x", "id": f"n{n}", "after": [f"n{n + 1}"]} for n in range(300)]
+    home.add_all([*chain, {"command": "x", "id": "n300"}])
+    same([home.job(id).blockers for id in ("n0", "n299", "n300")], [1, 1, 0])
+    lines = [f'{{"command": "x", "id": "m{n}", "after": ["m{(n + 1) % 5 if n < 5 else n - 1}"]}}' for n in range(9)]
+    refused = home.fails("enqueue", "-", code=2, stdin="\n".join(lines))
+    assert any(f"line {n + 1}: job m{n} cannot wait for m{(n + 1) % 5}," in refused for n in range(5)), refused
+    same(len(home.store.queries.jobs()), 301)
+    counters_equal_rows(home)
+
+
+def test_link_in_circle_is_on_one() -> None:
+    """Of links in the order of parents one on a circle is found, also where others hang on it, or none."""
+    same(q.link_in_circle([(1, 2), (1, 3), (2, 3), (7, 1)]), None)
+    same(q.link_in_circle([]), None)
+    same(q.link_in_circle([(4, 4)]), (4, 4))
+    parent, child = q.link_in_circle([(1, 2), (2, 3), (3, 2), (3, 4), (4, 5)]) or (0, 0)
+    same({parent, child}, {2, 3})
+
+
+def test_changes_of_many_go_page_by_page(home: Home) -> None:
+    """What a selection means is settled first; then each page is changed at once, the rest as it is asked for."""
+    many = q.PAGE_JOBS + 10
+    home.add_all({"command": "x", "id": f"n{n}", "tag": "t", **({"after": [f"n{n - 1}"]} if n else {})}
+                 for n in range(many))  # fmt: skip
+    tagged = q.Selection(tag="t")
+    done = home.store.changes.set_hold(tagged, True, 1)
+    same(home.sql("SELECT count(*) FROM jobs WHERE hold"), [(q.PAGE_JOBS,)])
+    home.add(id="late", tag="t")
+    same((len(list(done)), home.job("late").hold), (many, False))
+    done_jobs = home.store.changes.cancel(tagged, 2)
+    same(home.job(f"n{many - 1}").state, q.State.PENDING)
+    home.store.jobs.fail_all_dependents()  # as a worker would between two pages
+    same(home.job(f"n{many - 1}").state, q.State.DEAD)
+    same(len(list(done_jobs)), many + 1)
+    same(home.store.queries.counts()[q.State.CANCELLED], many + 1)
+    same(len(list(home.store.changes.rerun(tagged, 3))), many + 1)
+    same(home.store.queries.counts()[q.State.PENDING], many + 1)
+    counters_equal_rows(home)
+
+
+def test_changes_that_are_broken_off_say_how_many_are_done() -> None:
+    """What was done before an error, or before Ctrl-C, is handed on and counted."""
+
+    def done(error: BaseException) -> Iterator[str]:
+        yield from "abc"
+        raise error
+
+    for error in (q.StoreBusy("held"), q.QueueError("no")):
+        seen: list[str] = []
+        with refuses(q.QueueError, "broken off after 3 jobs held"):
+            for batch in q.batches(q.until_broken_off(done(error), "held", print), 2):
+                seen += batch
+        same(seen, [*"abc"])
+    said: list[str] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        list(q.until_broken_off(done(KeyboardInterrupt()), "held", said.append))
+    same(said, ["3 jobs held before it was interrupted"])
+
+
+def test_dependents_of_a_dead_job_fail_in_short_steps(home: Home) -> None:
+    """However many wait for a job that dies, one step fails a few; none can start, and a worker does the rest."""
+    many = 2 * q.CASCADE_JOBS
+    home.add(id="root", max_retries=0)
+    home.add_all({"command": "x", "id": f"n{n}", "after": ["root"]} for n in range(many))
+    home.add(id="below", after=["n0"])
+    worker = home.worker_row()
+    home.store.jobs.finish(home.claim(worker), exited(1), q.Settings(), 1)
+    same(home.store.queries.counts()[q.State.DEAD], q.CASCADE_JOBS + 1)
+    same((home.store.jobs.claim(worker, None, 2), home.store.upkeep.miscounts()), (None, []))
+    home.sql("DELETE FROM workers")
+    home.start()
+    until(lambda: home.store.queries.counts()[q.State.DEAD] == many + 2)
+    assert "waited for root, which is dead" in str(home.job("below").error)
+    list(home.store.changes.retry_dead(q.Selection(["root"]), 3))
+    same(home.store.queries.counts()[q.State.DEAD], 0)
+
+
+def test_claim_of_very_many_that_are_due_takes_the_best(home: Home) -> None:
+    """Where more came due at once than are made ready at once: by priority, then by the moment, and all in the end."""
+    many = q.MOST_PROMOTED + 50
+    home.add_all({"command": "x", "id": f"n{n}", "queue": "ab"[n % 2], "run_at": 2000 - n // 2} for n in range(many))
+    home.add(id="first", priority=5, run_at=2000)
+    home.add(id="later", priority=9, run_at=4_000_000_000)
+    worker = home.worker_row()
+    home.sql("UPDATE jobs SET due_at = run_at WHERE id <> 'later'")
+    now = 3_000_000
+    got = [home.claim(worker, now).id for _ in range(3)]
+    same(got[0], "first")
+    assert all(int(id[1:]) >= many - 2 * 3 * q.FLOOD_PROMOTED for id in got[1:]), got  # those that came due first
+    same(len({home.claim(worker, now).id for _ in range(many - 2)}), many - 2)
+    same(home.store.jobs.claim(worker, None, now), None)
+
+
+def test_key_is_found_by_its_index(home: Home) -> None:
+    """Looking for the job that bears a key reads no other job."""
+    home.add(id="a", key="k")
+    plan = home.sql(f"EXPLAIN QUERY PLAN SELECT id FROM jobs WHERE key = 'k' AND {q.IS_OPEN}")
+    assert "jobs_key" in str(plan), plan
+
+
 def test_backoffs_count_from_now_where_the_clock_was_set_back(home: Home) -> None:
     """Where the clock is set back, a retry waits its backoff from then on and not the hours between."""
     home.add(id="a")
@@ -2988,15 +3090,15 @@ def test_enqueue_killed_after_landing_has_stored_all(home: Home) -> None:
 
 
 @posix
-def test_dlq_retry_killed_midway_retries_none(home: Home) -> None:
-    """`dlq retry --all` killed in the middle leaves every job dead, and the next one brings all back."""
-    bury_many(home, 1000)
+def test_dlq_retry_killed_midway_retries_whole_pages(home: Home) -> None:
+    """`dlq retry --all` killed in a page leaves the pages before it retried, and the next one brings all back."""
+    bury_many(home, q.PAGE_JOBS + 100)
     patch = """
 revive, seen = q.Changes._reopen, []
-q.Changes._reopen = lambda *words: seen.append(1) or (die() if len(seen) == 500 else revive(*words))
+q.Changes._reopen = lambda *words: seen.append(1) or revive(*words) if not seen else (revive(*words), die())
 q.cli(["dlq", "retry", "--all"])"""
     killed(child(home, patch))
-    same(home.store.queries.counts()[q.State.DEAD], 1000)
+    same(home.store.queries.counts()[q.State.DEAD], 100)
     is_well(home)
     home.run("dlq", "retry", "--all")
     same({(job.state, job.attempts) for job in home.store.queries.jobs()}, {(q.State.PENDING, 0)})
@@ -8063,7 +8165,7 @@ class Known:
     run_at: int | None = None
     due_at: int | None = None
     parents: list[int] = dataclasses.field(default_factory=list)
-    failed_parent: int | None = None
+    has_failed_with_parent: bool = False
     worker: int | None = None
     cancelling: bool = False
     ended_at: int | None = None
@@ -8111,23 +8213,21 @@ class Model:
             found |= new
         return found
 
-    def fail_dependents(self, parent: Known, now: int) -> None:
-        """What waits for a job that never completes is dead."""
-        for seq in self.below(parent.seq) - {parent.seq}:
-            if (job := self.jobs[seq]).state in q.WAITING:
-                job.state, job.failed_parent, job.ended_at = q.State.DEAD, parent.seq, now
+    def fail_dependents(self, now: int) -> None:
+        """What waits for a job that never completes is dead, and what waits for that."""
+        while failing := [
+            job for job in self.waiting()
+            if any(seq in self.jobs and self.jobs[seq].state in q.HOPELESS for seq in job.parents)
+        ]:  # fmt: skip
+            for job in failing:
+                job.state, job.has_failed_with_parent, job.ended_at, job.due_at = q.State.DEAD, True, now, None
 
-    def bind(self, job: Known, ids: list[str], now: int) -> None:
+    def bind(self, job: Known, ids: list[str]) -> None:
         """Let a job wait for others."""
-        parents = []
         for id in ids:
             if not (parent := self.by_id(id)) or parent.seq in self.below(job.seq):
                 raise Refused
             job.parents = [*job.parents, parent.seq] if parent.seq not in job.parents else job.parents
-            parents.append(parent)
-        for parent in parents:
-            if parent.state in (q.State.DEAD, q.State.CANCELLED):
-                self.fail_dependents(parent, now)
 
     def enqueue(self, batch: list[dict[str, Any]], skip: bool, now: int) -> list[tuple[str, bool]]:
         """Take jobs in; their ids, and whether they are new."""
@@ -8152,7 +8252,8 @@ class Model:
             self.jobs[job.seq] = job
             told.append((id, True))
         for job, after in new:
-            self.bind(job, after, now)
+            self.bind(job, after)
+        self.fail_dependents(now)
         self.last = max([self.last, *(job.seq for job, _ in new)])
         return told
 
@@ -8195,13 +8296,10 @@ class Model:
             job.state, job.due_at = q.State.FAILED, None if outcome.end is q.EndReason.LOST else later
         job.cancelling = False
         job.ended_at = now if job.state in q.ENDED else None
-        if job.state in (q.State.DEAD, q.State.CANCELLED):
-            self.fail_dependents(job, now)
+        self.fail_dependents(now)
 
     def set_fields(self, job: Known, spec: dict[str, Any], now: int) -> None:
         """Change fields of a job that is not under way."""
-        if self.holder(spec.get("key")) not in (None, job):
-            raise Refused
         if job.state in q.WAITING and job.attempts > spec.get("max_retries", job.attempts):
             raise Refused
         job.fields = {**job.fields, **spec}
@@ -8210,43 +8308,66 @@ class Model:
             job.due_at = job.run_at if job.state in q.WAITING else None
         if "after" in spec:
             job.parents = []
-            self.bind(job, spec["after"], now)
+            self.bind(job, spec["after"])
 
     def run_again(self, seqs: list[int], spec: dict[str, Any], is_named: bool, now: int) -> list[str]:
         """Bring ended jobs back, changed, and what died because of them; those that cannot run stay as they were."""
         before = copy.deepcopy(self.jobs)
         while True:
-            jobs = [self.jobs[seq] for seq in seqs]
-            jobs = [job for job in jobs if self.holder(spec.get("key", job.has("key"))) is None]
-            for job in jobs:
-                self.set_fields(job, spec, now)
-            for job in jobs:
-                self.reopen(job, now)
-            self.doom_all(now)
-            left = [seq for seq in seqs if self.jobs[seq].state in q.ENDED]
+            for seq in seqs:
+                self.jobs[seq].parents = [] if "after" in spec else self.jobs[seq].parents
+            for seq in seqs:
+                self.set_fields(self.jobs[seq], spec, now)
+            back = self.able_to_run(seqs)
+            left = [seq for seq in seqs if seq not in back]
             if not left:
-                return [self.jobs[seq].id for seq in seqs]
+                break
             if is_named:
                 raise Refused
             seqs = [seq for seq in seqs if seq not in left]
             self.jobs = copy.deepcopy(before)
+        for job in (self.jobs[seq] for seq in back):
+            job.state, job.attempts, job.ended_at, job.has_failed_with_parent = q.State.PENDING, 0, None, False
+            job.due_at = job.run_at if (job.run_at or 0) > now else None
+        return [self.jobs[seq].id for seq in seqs]
 
-    def reopen(self, job: Known, now: int) -> None:
-        """Bring an ended job back, and what died because of it, as far as keys are free and parents there."""
-        below = {job.seq} if job.state is q.State.COMPLETED else self.below(job.seq)
-        for other in [self.jobs[seq] for seq in sorted(below)]:
-            is_meant = other.state in q.ENDED and (other is job or other.failed_parent == job.seq)
-            if is_meant and set(other.parents) <= set(self.jobs) and not self.holder(other.has("key")):
-                other.state, other.attempts = q.State.PENDING, 0
-                other.due_at = other.run_at if (other.run_at or 0) > now else None
-                other.failed_parent = other.ended_at = None
+    def able_to_run(self, seqs: list[int]) -> list[int]:
+        """Those of ended jobs, and of what died because of them, that can come back together."""
+        back = list(seqs)
+        for seq in back:  # which grows
+            back += sorted(
+                job.seq for job in self.jobs.values()
+                if self.jobs[seq].state in q.HOPELESS and seq in job.parents and job.seq not in back
+                and job.state is q.State.DEAD and job.has_failed_with_parent
+            )  # fmt: skip
+        back = seqs + sorted(set(back) - set(seqs))
+        back = self.without_stuck(back)
+        first = {self.jobs[seq].has("key"): seq for seq in reversed(back)}
+        keyed = [seq for seq in back if (key := self.jobs[seq].has("key")) and (self.holder(key) or first[key] != seq)]
+        return self.without_stuck([seq for seq in back if seq not in keyed])
 
-    def doom_all(self, now: int) -> None:
-        """What waits for a job that will never complete is dead."""
-        waited_for = {seq for job in self.jobs.values() if job.state in q.WAITING for seq in job.parents}
-        for seq in sorted(waited_for & set(self.jobs)):
-            if self.jobs[seq].state in q.HOPELESS:
-                self.fail_dependents(self.jobs[seq], now)
+    def without_stuck(self, back: list[int]) -> list[int]:
+        """The same without those that would wait for a job that is gone or will never complete."""
+        while stuck := [
+            seq for seq in back
+            if any(parent not in self.jobs or (self.jobs[parent].state in q.HOPELESS and parent not in back)
+                   for parent in self.jobs[seq].parents)
+        ]:  # fmt: skip
+            back = [seq for seq in back if seq not in stuck]
+        return back
+
+    def edit(self, jobs: list[Known], spec: dict[str, Any], now: int) -> None:
+        """Change jobs that wait or are dead; only one that waits takes a key."""
+        for job in jobs:
+            if self.holder(spec.get("key")) not in (None, job):
+                raise Refused
+            if job.state in q.WAITING and "key" in spec:
+                job.fields = {**job.fields, "key": spec["key"]}
+        for job in jobs:
+            job.parents = [] if "after" in spec else job.parents
+        for job in jobs:
+            self.set_fields(job, spec, now)
+        self.fail_dependents(now)
 
     def cancel(self, jobs: list[Known], now: int) -> None:
         """Tell what runs to end, and end what waits with everything below it."""
@@ -8255,14 +8376,13 @@ class Model:
             job.cancelling = job.state is q.State.PROCESSING
         for job in waiting:
             job.state, job.ended_at = q.State.CANCELLED, now
-        for job in waiting:  # only now: what was to be cancelled is not dead
-            self.fail_dependents(job, now)
+        self.fail_dependents(now)  # only now: what was to be cancelled is not dead
 
     def row_of(self, job: Known) -> tuple[Any, ...]:
         """What is compared of a job."""
         blockers = sum(not self.has_completed(seq) for seq in job.parents)
         return (job.id, job.state, job.attempts, job.has("queue"), job.has("priority"), job.has("hold"), job.cancelling,
-                job.failed_parent, blockers, job.ended_at, job.has("key"), job.ran)  # fmt: skip
+                job.has_failed_with_parent, blockers, job.ended_at, job.has("key"), job.ran)  # fmt: skip
 
     def remove(self, jobs: list[Known]) -> None:
         """Forget jobs for good; a child goes on waiting for one that had not completed."""
@@ -8340,8 +8460,9 @@ class StoreSteps:
 
     def row_of(self, job: q.Job) -> tuple[Any, ...]:
         """What is compared of a job."""
-        return (job.id, job.state, job.attempts, job.queue, job.priority, job.hold, job.cancelling, job.failed_parent,
-                job.blockers, job.finished_at, job.key, len(self.store.queries.history(job)))  # fmt: skip
+        return (job.id, job.state, job.attempts, job.queue, job.priority, job.hold, job.cancelling,
+                job.failed_parent is not None, job.blockers, job.finished_at, job.key,
+                len(self.store.queries.history(job)))  # fmt: skip
 
     # -- jobs come, and workers work
 
@@ -8414,7 +8535,7 @@ class StoreSteps:
                 job.fields = {**job.fields, "hold": hold}
             return [job.id for job in found]
 
-        self.agree(lambda: self.store.changes.set_hold(which, hold, self.now), expect)
+        self.agree(lambda: list(self.store.changes.set_hold(which, hold, self.now)), expect)
 
     def cancel(self, which: q.Selection) -> None:
         """Cancel jobs: what runs is told to end, what waits ends at once."""
@@ -8433,8 +8554,7 @@ class StoreSteps:
 
         def expect() -> list[str]:
             found = self.chosen(which, q.EDITABLE)
-            for job in found:
-                self.model.set_fields(job, spec, self.now)
+            self.model.edit(found, spec, self.now)
             return [job.id for job in found]
 
         self.agree(lambda: [job.id for _, job in self.store.changes.edit(which, spec, self.now)], expect)
@@ -8448,7 +8568,7 @@ class StoreSteps:
             found = self.chosen(which, [q.State.DEAD] if only_dead else q.ENDED)
             return self.model.run_again([job.seq for job in found], spec, bool(which.ids), self.now)
 
-        self.agree(lambda: do(which, self.now, spec), expect)
+        self.agree(lambda: list(do(which, self.now, spec)), expect)
 
     def purge_dead(self, which: q.Selection) -> None:
         """Remove dead jobs."""
@@ -8458,7 +8578,7 @@ class StoreSteps:
             self.model.remove(found)
             return [job.id for job in found]
 
-        self.agree(lambda: self.store.changes.purge_dead(which), expect)
+        self.agree(lambda: list(self.store.changes.purge_dead(which)), expect)
 
     def prune(self, states: set[q.State], age: int, dry: bool) -> None:
         """Remove jobs that ended long enough ago."""

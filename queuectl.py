@@ -7499,7 +7499,7 @@ def field_options(*names: str) -> Callable[[Any], Any]:
 
 id_argument = click.argument("id", shell_complete=complete_ids)
 ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...", shell_complete=complete_ids)
-all_option = click.option("--all", "every", is_flag=True, help="All jobs, or all queues.")
+all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 clear_option = click.option(
     "--clear", type=click.Choice(sorted({*CLEARABLE, *map(as_option, CLEARABLE)})), multiple=True,
     metavar="FIELD", help="Put this field back to its default; may be repeated.",

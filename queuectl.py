@@ -5874,7 +5874,7 @@ class JobLog:
         return "; ".join(filter(None, (self._loss, emptied if self._is_emptied else ""))) or None
 
     def maintain(self, is_over: bool = False) -> None:
-        """Turn the spool into the log, detect whether the command emptied it, and enforce the limit."""
+        """Make the spool the log, detect whether the command emptied it, and enforce the limit."""
         if self.target != self._path:
             self._move_spool()
         with contextlib.suppress(OSError), open_regular(self.target) as file:

@@ -39,6 +39,7 @@ call :run enqueue --id high --priority 10 -- "echo high>>order.txt"
 call :run enqueue --id slow --timeout 2s --max-retries 0 -- ping -n 60 127.0.0.1
 call :run enqueue --id later --delay 10s -- "echo Later"
 call :run list
+call :run list --next 3
 
 call :step 4. Start a worker: it is up when the command returns
 call :run worker start
@@ -60,22 +61,25 @@ if not defined FAILED if not "%FIRST%"=="high" set "FAILED=the high priority did
 call :step 6. Look: list, logs, show, metrics
 call :run list
 call :run logs hello
-call :run logs broken
+call :run logs --failed
 call :run show slow
 call :run metrics
 
-call :step 7. Dead letter queue: list, and retry once the cause is mended
+call :step 7. Dead letter queue: list, and retry once the cause is mended, and run a job again
 call :run dlq list
 echo mended>mended.txt
 call :run dlq retry broken
 call :await broken completed
 call :run show broken
+call :run rerun hello -- "echo Hello once more"
+call :await hello completed
+call :run logs hello
 
 call :step 8. Stop the worker; jobs stay, and the next workers take them up
 call :run worker stop
 call :run enqueue --id kept -- "echo Kept"
 call :run status
-call :run worker start --count 2
+call :run worker scale 2
 call :await kept completed
 call :run worker stop
 call :run worker list

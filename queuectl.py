@@ -71,7 +71,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("Error: queuectl needs click, which this Python does not have; install it: python3 -m pip install click")
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 WAIT_REPORT_S = 1.0  # report interval of a command that waits for workers
 MIN_END_SCANS = 3  # fewest scans for the processes of an attempt before ending them is given up for now
@@ -840,27 +840,31 @@ class Field(NamedTuple):
 
 
 FIELDS = {
-    "id": Field(_id, "Its name; made up where absent.", metavar="ID"),
+    "id": Field(_id, "Its name; made up if not given.", metavar="ID"),
     "command": Field(_command, "A line for the shell, or a program and its arguments."),
     "priority": Field(_integer(-(2**31), 2**31 - 1), "Higher runs first; default 0.", parse_number, metavar="N"),
-    "max_retries": Field(_integer(0, 2**31 - 1), "How many retries; default by config.", parse_number, metavar="N"),
-    "timeout": Field(_number(0), "Longest attempt, 0 for none; default by config.", parse_duration, metavar="TIME"),
+    "max_retries": Field(
+        _integer(0, 2**31 - 1), "Retries after the first attempt; default by config.", parse_number, metavar="N"
+    ),
+    "timeout": Field(_number(0), "Limit of an attempt, 0: none; default by config.", parse_duration, metavar="TIME"),
     "run_at": Field(
         _moment, "Not before: ISO 8601, 23:00, tomorrow 6:30, mon 8:00, or Unix seconds.", parse_moment, metavar="WHEN"
     ),
     "delay": Field(_number(0, high=MAX_DELAY_S), "Not before this long from now.", parse_duration, metavar="TIME"),
     "backoff_base": Field(_number(0, above=True), "Wait this ** n after failed attempt n.", parse_number, metavar="N"),
     "queue": Field(_name, "The queue that it waits in; default `default`.", metavar="Q"),
-    "tag": Field(_name, "A label to select by.", metavar="T"),
-    "key": Field(_nonempty, "One job of this key at a time: another enqueues nothing.", metavar="K"),
+    "tag": Field(_name, "A label to choose jobs by.", metavar="T"),
+    "key": Field(_nonempty, "Store nothing while a job of this key waits or runs.", metavar="K"),
     "cwd": Field(_nonempty, "The directory that it runs in.", metavar="DIR"),
-    "env": Field(_environment, "A variable for it; K alone: as it is here.", _parse_environment, "many", "K=V"),
-    "after": Field(_list_of(_id, "ids"), "Start only once this job has completed.", list, "many", "ID"),
+    "env": Field(
+        _environment, "A variable for it; K alone: its value here; may be repeated.", _parse_environment, "many", "K=V"
+    ),
+    "after": Field(_list_of(_id, "ids"), "Start once this job has completed; may be repeated.", list, "many", "ID"),
     "hold": Field(_flag, "Wait until `release`.", bool, "flag"),
-    "on_lost": Field(_choice(*ON_LOST), "If its worker dies: retry, or dead.", metavar="WHAT"),
+    "on_lost": Field(_choice(*ON_LOST), "If its worker dies: retry (default) or dead.", metavar="WHAT"),
     "ok_codes": Field(_codes, "Exit codes that complete it, like 3,4.", _parse_codes, "many", "CODES"),
     "no_retry_codes": Field(_codes, "Exit codes that make it dead at once.", _parse_codes, "many", "CODES"),
-    "snooze": Field(_flag, "Exit code 75: back for its backoff, the attempt not counted.", bool, "flag"),
+    "snooze": Field(_flag, "Exit code 75: try again after its backoff, attempt not counted.", bool, "flag"),
 }
 
 
@@ -6281,7 +6285,7 @@ class JobLog:
         return "; ".join(filter(None, (self._loss, emptied if self._is_emptied else ""))) or None
 
     def maintain(self, is_over: bool = False) -> None:
-        """Rename the spool to the log, detect whether the command emptied it, and enforce the limit."""
+        """Make the spool the log, detect whether the command emptied it, and enforce the limit."""
         if self.target != self._path:
             self._move_spool()
         with contextlib.suppress(OSError), open_regular(self.target) as file:
@@ -7902,7 +7906,7 @@ def width() -> int:
     return terminal_columns() if sys.stdout.isatty() else 10_000
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
@@ -8012,10 +8016,10 @@ ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...", shell_complete
 all_option = click.option("--all", "every", is_flag=True, help="All of them.")
 clear_option = click.option(
     "--clear", type=click.Choice(sorted({*CLEARABLE, *map(as_option, CLEARABLE)})), multiple=True,
-    metavar="FIELD", help="As if nothing had been said of it; may be repeated.",
+    metavar="FIELD", help="Put this field back to its default; may be repeated.",
 )  # fmt: skip
 limit_option = click.option("--limit", type=click.IntRange(0, MAX_INTEGER), metavar="N",
-                            help="The newest N; default 100, with --all or --json no limit.")  # fmt: skip
+                            help="The newest N; default 100, and no limit with --all or --json.")  # fmt: skip
 queues_option = click.option("--queue", "queues", multiple=True, metavar="Q", shell_complete=complete_queues,
                              help="Take only this queue; may be repeated.")  # fmt: skip
 key_argument = click.argument("key", shell_complete=complete_keys)
@@ -8024,7 +8028,7 @@ key_argument = click.argument("key", shell_complete=complete_keys)
 def state_option(states: Iterable[State]) -> Callable[[Any], Any]:
     """--state, which may be repeated, of the states that a command is for."""
     return click.option("--state", "states", multiple=True, type=click.Choice([state.value for state in states]),
-                        help="Those in this state; may be repeated.")  # fmt: skip
+                        help="Only jobs in this state; may be repeated.")  # fmt: skip
 
 
 def selection_options(
@@ -8041,8 +8045,8 @@ def selection_options(
 
         made = all_option(run)
         made = state_option(states)(made) if states else made
-        made = click.option("--queue", metavar="Q", help="Those of this queue.", shell_complete=complete_queues)(made)
-        made = click.option("--tag", metavar="T", help="Those with this tag.", shell_complete=complete_tags)(made)
+        made = click.option("--queue", metavar="Q", help="Only jobs of queue Q.", shell_complete=complete_queues)(made)
+        made = click.option("--tag", metavar="T", help="Only jobs with tag T.", shell_complete=complete_tags)(made)
         return ids_argument(made) if ids else made
 
     return decorate
@@ -8112,7 +8116,7 @@ def source_options(command: Any) -> Any:
     made = click.option("--lines", type=file, metavar="FILE", help="A job for each line, which is its command.")(made)
     made = click.option("--csv", type=file, metavar="FILE", help="A job for each row; {NAME} is its column.")(made)
     made = click.option("--array", metavar="N-M", help="A job for each number: 1-100, 1-10:2, 1,3,7-9.")(made)
-    made = click.option("--null", "-0", is_flag=True, help="The items of --each end in NUL.")(made)
+    made = click.option("--null", "-0", is_flag=True, help="The items of --each end in NUL (find -print0).")(made)
     return click.option("--each", type=file, metavar="FILE", help="A job for each line; {} stands for it.")(made)
 
 
@@ -8120,17 +8124,17 @@ def source_options(command: Any) -> Any:
 @click.argument("job", nargs=-1, metavar="[JOB | - | -- COMMAND [ARG]...]", shell_complete=complete_files)
 @field_options(*(name for name in FIELDS if name != "command"))
 @source_options
-@click.option("--skip-existing", is_flag=True, help="Pass over ids that exist.")
+@click.option("--skip-existing", is_flag=True, help="Pass over jobs whose id exists already.")
 @click.option("--dry-run", is_flag=True, help="Print the jobs as JSON Lines and store nothing.")
-@click.option("--wait", is_flag=True, help="Stay, show the output, exit with the exit code (124: timed out).")
+@click.option("--wait", is_flag=True, help="Stay, show the output, exit with the job's exit code (124: timed out).")
 @json_option
 def enqueue_command(
     job: Sequence[str], sources: dict[str, Any], skip_existing: bool, dry_run: bool, wait: bool, as_json: bool,
     **options: Any,
 ) -> int:  # fmt: skip
-    """Store jobs: one as JSON, one as typed behind --, or JSON Lines from standard input with -.
+    """Store jobs: one as JSON, one as a command after --, or JSON Lines from standard input with -.
 
-    --each, --array, --csv and --lines make many from one line: {} stands for the item, {.} for it without its
+    --each, --array, --csv and --lines store many jobs in one call: {} stands for the item, {.} for it without its
     ending, {/} for its last part, {//} for its directory, {/.} for its last part without ending, {#} for its
     number.
     """
@@ -8304,13 +8308,13 @@ def prepared_batch(batch: Iterable[tuple[str, Spec]], prepared: Preparation) -> 
 
 @cli.group("worker")
 def worker_group() -> None:
-    """Start, stop and list workers."""
+    """Start, stop, scale and list workers."""
 
 
 @worker_group.command("start")
-@click.option("--count", type=click.IntRange(1, 1000), default=1, metavar="N", help="How many; default 1.")
+@click.option("--count", type=click.IntRange(1, 1000), default=1, metavar="N", help="How many to start; default 1.")
 @queues_option
-@click.option("--foreground", is_flag=True, help="Be one worker, here, until told to stop.")
+@click.option("--foreground", is_flag=True, help="Run one worker here until Ctrl-C or SIGTERM.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left that could run.")
 @json_option
 def worker_start_command(count: int, queues: Sequence[str], foreground: bool, drain: bool, as_json: bool) -> None:
@@ -8349,14 +8353,14 @@ def refuse_several(count: int) -> None:
 
 @worker_group.command("stop")
 @click.argument("ids", nargs=-1, metavar="[ID]...", type=click.IntRange(1))
-@click.option("--now", is_flag=True, help="End their jobs too, and give them back.")
-@click.option("--timeout", metavar="TIME", help="Wait so long at the most.")
+@click.option("--now", is_flag=True, help="End their jobs too, and put these back to pending.")
+@click.option("--timeout", metavar="TIME", help="Wait at most this long.")
 @json_option
 @with_store
 def worker_stop_command(
     home: Home, store: Store, ids: Sequence[int], now: bool, timeout: str | None, as_json: bool
 ) -> int:
-    """Let each worker, or those named, finish its job and leave; waits for them."""
+    """Stop all workers, or those named: each finishes its job first, and the command waits for that."""
     timeout_s = option_duration("--timeout", timeout)
     is_watched = sys.stderr.isatty() and not now
     busy = [row.job for row in workers_named(home, store, ids) if row.job] if is_watched else []
@@ -8376,8 +8380,8 @@ def worker_stop_command(
 def worker_scale_command(count: int, queues: Sequence[str], as_json: bool) -> None:
     """Bring the workers for all queues, or for just those named, to N.
 
-    What is missing is started; returns once it is up. Who is too much finishes its job and leaves: idle workers
-    first, of them the newest. Workers that are leaving do not count.
+    Missing workers are started, and the command returns once they are up. Surplus workers finish their job and
+    leave, idle ones first, and of those the newest. Workers that are leaving do not count.
     """
     leave_job(sys.argv[1:])
     check_queues(queues)
@@ -8404,7 +8408,7 @@ def worker_list_command(home: Home, store: Store, as_json: bool) -> None:
 @json_option
 @with_store
 def status_command(home: Home, store: Store, watch: bool, as_json: bool) -> None:
-    """Show how many jobs are where, and what stands in the way."""
+    """Show how many jobs are in each state, and what keeps them from running."""
     refuse_both(watch and "--watch", as_json and "--json")
     if watch:
         return watch_status(home, store)
@@ -8454,7 +8458,7 @@ def draw(lines: Iterable[str]) -> bool:
 @limit_option
 @click.option("--sort", type=click.Choice([f"{sign}{key}" for key in SORTS for sign in ("", "-")]),
               metavar="KEY", help=f"By {', '.join(SORTS)}; -KEY for the other way round.")  # fmt: skip
-@click.option("--columns", metavar="NAMES", help="For scripts: these JSON fields, like id,state, with tabs between.")
+@click.option("--columns", metavar="NAMES", help="For scripts: only these JSON fields, like id,state, tabs between.")
 @json_option
 @with_store
 def list_command(home: Home, store: Store, which: Selection, following: int | None, limit: int | None,
@@ -8543,11 +8547,11 @@ def show_command(home: Home, store: Store, id: str, as_json: bool) -> None:
 
 @cli.command("logs")
 @click.argument("id", required=False, shell_complete=complete_ids)
-@click.option("--failed", is_flag=True, help="Of the job that failed last.")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
-@click.option("--tail", type=click.IntRange(0, MAX_INTEGER), metavar="N", help="The last N lines alone.")
-@click.option("--attempt", type=click.IntRange(1, MAX_INTEGER), metavar="K", help="The output of attempt K alone.")
-@click.option("--raw", is_flag=True, help="Every byte, progress bars in all their states.")
+@click.option("--failed", is_flag=True, help="The output of the job that failed last.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended, through retries.")
+@click.option("--tail", type=click.IntRange(0, MAX_INTEGER), metavar="N", help="Only the last N lines.")
+@click.option("--attempt", type=click.IntRange(1, MAX_INTEGER), metavar="K", help="Only the output of attempt K.")
+@click.option("--raw", is_flag=True, help="Every byte as it was written, progress bars too.")
 @with_store
 def logs_command(
     home: Home, store: Store, id: str | None, failed: bool, follow: bool, tail: int | None, attempt: int | None,
@@ -8585,11 +8589,11 @@ def last_job(store: Store, failed: bool) -> Job:
 
 @cli.command("wait")
 @selection_options(*State)
-@click.option("--timeout", metavar="TIME", help="Wait so long at the most; exit 124 then.")
+@click.option("--timeout", metavar="TIME", help="Wait at most this long; then exit 124.")
 @json_option
 @with_store
 def wait_command(home: Home, store: Store, which: Selection, timeout: str | None, as_json: bool) -> int:
-    """Wait until jobs have ended, none named: all. Exit 0 all completed, 1 some not."""
+    """Wait until jobs have ended; without a choice, all jobs. Exit code 0: all completed; 1: some did not."""
     among = None if which in (NOTHING, EVERY_JOB) else store.queries.snapshot(which)
     total = sum(store.queries.counts(among).values())
     refuse_none(among is None or total)
@@ -8630,7 +8634,7 @@ def progress_to(total: int) -> Iterator[Callable[[int], object]]:
 @json_option
 @with_store
 def cancel_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
-    """Let waiting jobs never run, and end those that do; jobs that have ended are passed over."""
+    """Cancel jobs: waiting ones never run, running ones are ended, and those that have ended are passed over."""
     ids, passed_over = cancel_jobs(home, store, which, echo_err)
     echo_some(echo_err, passed_over_line(passed_over, len(list(ids)) + len(passed_over)) if passed_over else None)
     echo_done(ids, "cancelled", as_json, none=[] if passed_over else NO_JOBS)
@@ -8641,7 +8645,7 @@ def cancel_command(home: Home, store: Store, which: Selection, as_json: bool) ->
 @json_option
 @with_store
 def edit_command(home: Home, store: Store, which: Selection, spec: Spec, as_json: bool) -> None:
-    """Change waiting or dead jobs, which stay dead; a command behind -- replaces theirs.
+    """Change jobs that wait or are dead; dead ones stay dead. A command after -- replaces theirs.
 
     With ids, --queue and --tag are new values; without, they choose the jobs.
     """
@@ -8658,9 +8662,9 @@ def edit_command(home: Home, store: Store, which: Selection, spec: Spec, as_json
 @json_option
 @with_store
 def rerun_command(home: Home, store: Store, which: Selection, spec: Spec, as_json: bool) -> None:
-    """Put jobs that have ended, in whatever way, back to pending with no attempts made.
+    """Run ended jobs again: completed, dead or cancelled, they go back to pending with no attempts made.
 
-    Fields are changed before the job can start, and a command behind -- replaces theirs. With ids, --queue and
+    Fields are changed before the job can start, and a command after -- replaces theirs. With ids, --queue and
     --tag are new values; without, they choose the jobs.
     """
     done = store.changes.rerun(which, now_ms(), spec)
@@ -8677,7 +8681,7 @@ def require_changes(spec: Spec) -> Spec:
 
 @cli.group("dlq")
 def dlq_group() -> None:
-    """The dead letter queue: jobs whose retries are used up."""
+    """The dead letter queue: jobs that failed and are not tried again."""
 
 
 @dlq_group.command("list")
@@ -8697,7 +8701,7 @@ def dlq_list_command(home: Home, store: Store, which: Selection, limit: int | No
 def dlq_retry_command(home: Home, store: Store, which: Selection, spec: Spec, as_json: bool) -> None:
     """Put dead jobs back to pending, with no attempts made.
 
-    Fields are changed before the job can start, and a command behind -- replaces theirs. With ids, --queue and
+    Fields are changed before the job can start, and a command after -- replaces theirs. With ids, --queue and
     --tag are new values; without, they choose the jobs.
     """
     done = store.changes.retry_dead(which, now_ms(), spec)
@@ -8724,7 +8728,7 @@ def echo_done(ids: Iterable[str], what: str, as_json: bool, none: Sequence[str] 
 @json_option
 @with_store
 def hold_command(home: Home, store: Store, which: Selection, as_json: bool) -> None:
-    """Keep waiting jobs from starting until `release`."""
+    """Keep jobs that wait from starting until `release`."""
     echo_done(store.changes.set_hold(which, True, now_ms()), "on hold", as_json)
 
 
@@ -8807,15 +8811,15 @@ def check_limit(text: str) -> int:
 
 
 @cli.command("prune")
-@click.option("--older-than", default="0", metavar="TIME", help="Ended at least so long ago.")
+@click.option("--older-than", default="0", metavar="TIME", help="Only jobs that ended at least this long ago.")
 @state_option(ENDED)
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--dry-run", is_flag=True, help="Only say how many would be removed.")
 @json_option
 @with_store
 def prune_command(
     home: Home, store: Store, older_than: str, states: Sequence[str], dry_run: bool, as_json: bool
 ) -> None:
-    """Remove jobs that have ended (completed, dead or cancelled), and their logs."""
+    """Remove jobs that have ended, and their logs; without options all of them."""
     before = now_ms() - round(option_duration("--older-than", older_than) * 1000) + 1
     chosen = [State(state) for state in states] or ENDED
     removed, failure = prune_jobs(home, store, chosen, before, dry_run, echo_err)
@@ -8829,13 +8833,13 @@ def prune_command(
 @selection_options(*State)
 @with_store
 def export_command(home: Home, store: Store, which: Selection) -> None:
-    """Write jobs, none named: all, as JSON Lines that `enqueue -` reads back."""
+    """Write jobs as JSON Lines that `enqueue -` reads back; without a choice, all jobs."""
     echo(export_line(job) for job in store.queries.chosen(EVERY_JOB if which == NOTHING else which))
 
 
 @cli.group("config")
 def config_group() -> None:
-    """What holds for every job that does not say otherwise."""
+    """Settings: defaults for jobs, and hooks."""
 
 
 @config_group.command("list")
@@ -8853,7 +8857,7 @@ def config_list_command(home: Home, store: Store, as_json: bool) -> None:
 @json_option
 @with_store
 def config_get_command(home: Home, store: Store, key: str, as_json: bool) -> None:
-    """Print a value alone."""
+    """Print only the value of a key."""
     value = getattr(store.config.settings(), setting_key(key))
     if as_json:
         echo_json(value)
@@ -8907,7 +8911,7 @@ def doctor_command(home: Home, store: Store, repair: bool, as_json: bool) -> int
 
 @cli.command("backup")
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--restore", is_flag=True, help="Put the copy in the place of the queue.")
+@click.option("--restore", is_flag=True, help="Replace the queue by the copy; all workers must be stopped.")
 @json_option
 @with_store
 def backup_command(home: Home, store: Store, file: str, restore: bool, as_json: bool) -> None:
@@ -8928,7 +8932,7 @@ def backup_command(home: Home, store: Store, file: str, restore: bool, as_json: 
 @json_option
 @with_store
 def metrics_command(home: Home, store: Store, prometheus: bool, as_json: bool) -> None:
-    """Show how many jobs did well, how long they waited and ran."""
+    """Show how many jobs completed or died, how long they waited and ran."""
     refuse_both(prometheus and "--prometheus", as_json and "--json")
     if prometheus:
         now = now_ms()
@@ -9019,7 +9023,7 @@ complete --no-files --command queuectl --arguments '(_queuectl_completion)'
 @cli.command("completion")
 @click.argument("shell", type=click.Choice(list(_SCRIPTS)))
 def completion_command(shell: str) -> None:
-    """Print the script that completes queuectl's words in a shell."""
+    """Print the completion script of a shell."""
     click.echo(_SCRIPTS[shell], nl=False)
 
 

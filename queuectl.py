@@ -4919,16 +4919,18 @@ else:
         """Every process that started since a moment, and then those that were made meanwhile, until there are none.
 
         TimeoutError where they are still being made after a while. Only our own work counts: on a busy machine others
-        run, and make processes, between any two of our steps.
+        run, and make processes, between any two of our steps. The first look does not count: it is as long as the
+        machine has processes.
         """
         if not _HAS_PROC:
             yield from _ps(since)
             return
         newest = _newest_pid()
         pids: Sequence[int] = _pids()
-        deadline = time.thread_time() + 0.05
+        deadline = math.inf
         while pids:
             yield from filter(None, (_find(pid, since) for pid in pids))
+            deadline = min(deadline, time.thread_time() + 0.05)
             before, newest = newest, _newest_pid()
             pids = range(before + 1, newest + 1) if newest >= before else _pids()  # the numbers begin anew at times
             if pids and time.thread_time() > deadline:
@@ -5011,15 +5013,18 @@ else:
         def end(self, timeout_s: float) -> list[str]:
             """Kill them all, and what they start meanwhile; those that are still there after that time.
 
-            They are stopped first, until nobody new appears: what forks as fast as we kill cannot get away.
+            They are stopped first, until nobody new appears: what forks as fast as we kill cannot get away. They are
+            killed at least once, since one look at a large and busy machine may take longer than that time.
             """
             deadline = time.monotonic() + timeout_s
             known: set[_Identity] = set()
-            number = signal.SIGSTOP
+            number, is_last = signal.SIGSTOP, False
             while found := self._signal(number):
-                if time.monotonic() > deadline or found.keys() <= self._refusing:
+                if is_last or found.keys() <= self._refusing:
                     break
-                number = signal.SIGKILL if found.keys() <= known else signal.SIGSTOP
+                is_late = time.monotonic() > deadline
+                is_last = is_late and number == signal.SIGKILL  # to see what that one did
+                number = signal.SIGKILL if is_late or found.keys() <= known else signal.SIGSTOP
                 known |= found.keys()
                 time.sleep(0.005 if number == signal.SIGKILL else 0)
             return [f"{pid} ({name})" if pid else name for (pid, _), name in found.items()]

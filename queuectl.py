@@ -5345,6 +5345,7 @@ else:
         deadline = math.inf
         while pids:
             yield from filter(None, (_find(pid, since) for pid in pids))
+            deadline = min(deadline, time.thread_time() + 0.05)
             before, newest = newest, _newest_pid()
             if newest >= before:
                 pids = range(before + 1, newest + 1)
@@ -5445,7 +5446,9 @@ else:
                 is_over = scans > MIN_END_SCANS and time.monotonic() > deadline
                 if is_over or found.keys() <= self._not_permitted:
                     break
-                number = signal.SIGKILL if found.keys() <= known else signal.SIGSTOP
+                is_late = time.monotonic() > deadline
+                is_last = is_late and number == signal.SIGKILL  # to see what that one did
+                number = signal.SIGKILL if is_late or found.keys() <= known else signal.SIGSTOP
                 known |= found.keys()
                 time.sleep(0.005 if number == signal.SIGKILL else 0)
             return [f"{pid} ({name})" if pid else name for (pid, _), name in found.items()]

@@ -4940,6 +4940,35 @@ print(os.getpid() in [process.pid for process in q._processes()])"""
 
 
 @posix
+def test_platform_looks_at_all_processes_of_a_large_machine(home: Home) -> None:
+    """That the first look takes long, as it does where there are thousands of processes, does not end it."""
+    if sys.platform != "linux":
+        raise Skip("only Linux has /proc")
+    large = """
+newest, spent = q._newest_pid(), []
+made = iter([newest, newest + 1, newest + 1])
+def find(pid, since, find=q._find):
+    if pid <= newest:
+        spent.append(pid)
+    return find(pid, since)
+q._find, q._newest_pid, time.thread_time = find, lambda: next(made), lambda: len(spent)
+print(os.getpid() in [process.pid for process in q._processes()])"""
+    same(finished(child(home, large)).out, "True\n")
+
+
+@posix
+def test_platform_ends_what_takes_longer_to_look_at_than_there_is_time(home: Home) -> None:
+    """What a dead worker left is killed, and not only stopped, though no look at the machine is done in time."""
+    slow = """
+process = q.Process(["sleep", "94"], HERE, dict(os.environ), HERE + "/log", "run")
+leftovers = q.Leftovers("run", process.command, HERE + "/log", lambda: True)
+while leftovers.end(timeout_s=0.0):
+    pass
+print(process.poll().signal)"""
+    same(finished(child(home, slow)).out, "9\n")
+
+
+@posix
 def test_command_of_a_dead_worker_is_ended_whole_before_the_retry(home: Home) -> None:
     """What a killed worker's job left in other groups and sessions, or with a cleared environment, ends first."""
     with Sleepers(home) as sleepers:

@@ -74,7 +74,6 @@ except ModuleNotFoundError:
 __version__ = "1.1.0"
 
 WAIT_REPORT_S = 1.0  # report interval of a command that waits for workers
-MIN_END_SCANS = 3  # fewest scans for the processes of an attempt before ending them is given up for now
 END_POLL_S = 1.0  # pause between two tries to end processes that survived the first
 POLL_S = 0.25  # poll interval of a worker while its job runs
 DUTY_S = 1.0  # interval of the duties of a worker; with n workers an idle one polls every n intervals,
@@ -5435,19 +5434,17 @@ else:
         def end(self, timeout_s: float) -> list[str]:
             """Kill all processes, and those that they start meanwhile; return those that remain after the timeout.
 
-            SIGSTOP comes first, until a scan finds no new process: so none that forks quickly escapes SIGKILL. On a
-            busy machine one scan may outlast the timeout; there are always enough for SIGSTOP, SIGKILL and its effect.
+            SIGSTOP comes first, until a scan finds no new process: so none that forks quickly escapes SIGKILL. Each gets
+            SIGKILL at least once, because one scan of a large and busy machine may outlast the timeout.
             """
             deadline = time.monotonic() + timeout_s
             known: set[_Identity] = set()
-            number, scans = signal.SIGSTOP, 0
+            number, is_last = signal.SIGSTOP, False
             while found := self._signal(number):
-                scans += 1
-                is_over = scans > MIN_END_SCANS and time.monotonic() > deadline
-                if is_over or found.keys() <= self._not_permitted:
+                if is_last or found.keys() <= self._not_permitted:
                     break
                 is_late = time.monotonic() > deadline
-                is_last = is_late and number == signal.SIGKILL  # to see what that one did
+                is_last = is_late and number == signal.SIGKILL  # one more scan shows what that SIGKILL did
                 number = signal.SIGKILL if is_late or found.keys() <= known else signal.SIGSTOP
                 known |= found.keys()
                 time.sleep(0.005 if number == signal.SIGKILL else 0)

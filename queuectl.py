@@ -5434,8 +5434,8 @@ else:
         def end(self, timeout_s: float) -> list[str]:
             """Kill all processes, and those that they start meanwhile; return those that remain after the timeout.
 
-            SIGSTOP comes first, until a scan finds no new process: so none that forks quickly escapes SIGKILL. Each gets
-            SIGKILL at least once, because one scan of a large and busy machine may outlast the timeout.
+            SIGSTOP comes first, until a scan finds no new process: so none that forks quickly escapes SIGKILL. Each
+            gets SIGKILL at least once, because one scan of a large and busy machine may outlast the timeout.
             """
             deadline = time.monotonic() + timeout_s
             known: set[_Identity] = set()

@@ -45,7 +45,6 @@ The file, from top to bottom; a section uses only those above it:
 
 from __future__ import annotations
 
-import array
 import collections
 import contextlib
 import datetime
@@ -63,6 +62,7 @@ import sqlite3
 import stat
 import sys
 import time
+from array import array as Array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, BinaryIO, Literal, NamedTuple, TextIO, TypeVar, cast
 
@@ -2765,14 +2765,14 @@ def link_in_circle(links: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
     Whoever waits for nobody is taken away again and again, with its links: circles are left. Arrays of integers
     hold it all, so a million links take 20 MB.
     """
-    children, starts, waiting = array.array("i"), array.array("i", [0]), array.array("i", [0])
+    children, starts, waiting = Array("i"), Array("i", [0]), Array("i", [0])
     for parent, child in links:
         starts.extend([len(children)] * (parent + 1 - len(starts)))
         waiting.extend([0] * (max(parent, child) + 1 - len(waiting)))
         children.append(child)
         waiting[child] += 1
     starts.extend([len(children)] * (len(waiting) + 1 - len(starts)))
-    free = array.array("i", (job for job, parents in enumerate(waiting) if not parents))
+    free = Array("i", (job for job, parents in enumerate(waiting) if not parents))
     while free:
         job = free.pop()
         for child in children[starts[job] : starts[job + 1]]:
@@ -2782,7 +2782,7 @@ def link_in_circle(links: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
     return _link_among(children, starts, waiting)
 
 
-def _link_among(children: array.array[int], starts: array.array[int], waiting: array.array[int]) -> (
+def _link_among(children: Array[int], starts: Array[int], waiting: Array[int]) -> (
     tuple[int, int] | None
 ):  # fmt: skip
     """Return a link on a circle of the jobs that still wait: up from parent to parent leads into one."""

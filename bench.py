@@ -230,7 +230,7 @@ def rows(home: q.Home, sql: str) -> list[tuple[Any, ...]]:
 def enqueue(home: q.Home, commands: Sequence[str | list[str]]) -> float:
     """Store jobs and wake a worker, as `enqueue` does; the moment when they were on disk."""
     with q.open_store(home.database) as store:
-        store.jobs.enqueue([("", {"command": command, "cwd": "/"}) for command in commands], q.now_ms())
+        store.intake.enqueue([("", {"command": command, "cwd": "/"}) for command in commands], q.now_ms())
         committed = time.perf_counter()
         q.wake_one(home, store)
     return committed
@@ -608,7 +608,7 @@ def _family_seconds(bench: Bench, count: int, after: Callable[[int, int], list[s
         specs = (("", {"command": "true", "cwd": "/", "id": f"n{n}", "tag": "t", "after": after(n, count - 1) or None})
                  for n in range(count))  # fmt: skip
         steps: dict[str, Callable[[], Iterable[Any]]] = {
-            "`enqueue -`": lambda: store.jobs.enqueue(specs, q.now_ms()),
+            "`enqueue -`": lambda: store.intake.enqueue(specs, q.now_ms()),
             "`hold`": lambda: changes.set_hold(tagged, True, q.now_ms()),
             "`edit`": lambda: changes.edit(tagged, {"priority": 3}, q.now_ms()),
             "`cancel`": lambda: changes.cancel(tagged, q.now_ms()),

@@ -2415,14 +2415,10 @@ class Transaction:
             self._has_failed(error)
 
 
-class Database:
-    """A connection to the database: transactions, waiting for others, durability, and the driver's errors made ours.
+class Connection:
+    """A connection to a database: transactions, waiting for others, and the driver's errors made ours."""
 
-    What a command commits is on disk before it returns (`synchronous=FULL`). With `durable=False`, for workers,
-    a power cut may take back the newest steps but leaves none half done.
-    """
-
-    def __init__(self, path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bool = True) -> None:
+    def __init__(self, path: str, busy_timeout_s: float) -> None:
         if sqlite3.sqlite_version_info < (3, 35):
             raise QueueError(f"needs SQLite 3.35 or later; this Python has {sqlite3.sqlite_version}")
         self.path, self.busy_timeout_s = path, busy_timeout_s
@@ -2434,59 +2430,10 @@ class Database:
             raise _domain_error(path, error) from error
         self._writing = self._transaction("BEGIN IMMEDIATE", self._commit)
         self._staging = self._transaction("BEGIN", functools.partial(self.run, "COMMIT"))
-        try:
-            self._bring_up()
-            self.commits = 0
-            self.wait_for_disk(durable)
-            if not durable:
-                self.run(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
-                self.run(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
-        except StoreError:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
-
-    # ---- schema
-
-    def _bring_up(self) -> None:
-        """Create or migrate the schema. Refuse a newer schema and the database of another program."""
-        if self._schema_version() == len(MIGRATIONS):
-            return
-        self.run(f"PRAGMA page_size = {PAGE_BYTES}")
-        if self.one("PRAGMA journal_mode = WAL")[0] != "wal":
-            raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
-        with self.writing():  # two processes may be here at once, so read the version again inside
-            version = self._schema_version()
-            for _, statements in MIGRATIONS[version:]:
-                for statement in statements:
-                    self.run(statement)
-            if version:  # workers of the older queuectl claim nothing from this moment on
-                self.run("UPDATE workers SET stop = 'finish' WHERE stop IS NULL")
-            self.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
-    def _schema_version(self) -> int:
-        """Return the version of the schema. Raise StoreError if it is newer than this file, or not ours."""
-        version, application, has_tables, _ = (
-            self.one(  # in one statement, because another process may be creating the schema
-                """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master),
-                json_array()  -- an SQLite before 3.38 may have been built without it
-            FROM pragma_user_version, pragma_application_id"""
-            )
-        )
-        if application != APPLICATION_ID and (version or has_tables):
-            raise StoreError(f"{self.path} is the database of another program; set QUEUECTL_HOME to another directory")
-        if version > len(MIGRATIONS):
-            raise StoreError(f"{self.path} was made by a newer queuectl (schema {version}); upgrade queuectl")
-        return int(version)
-
-    def is_newer(self) -> bool:
-        """Has a newer queuectl brought the schema up since this database was opened?"""
-        return bool(self.one("PRAGMA user_version")[0] > len(MIGRATIONS))
-
-    # ---- statements
 
     def writing(self) -> Transaction:
         """Return the write transaction. Entered inside another `writing`, it joins that one."""
@@ -2617,6 +2564,70 @@ class Database:
         """Undo what the open transaction has done since its savepoint, which stays."""
         self.run("ROLLBACK TO here")
 
+    def wait_for_disk(self, on: bool) -> None:
+        """Choose whether a commit waits for the disk."""
+        self.run(f"PRAGMA synchronous = {'FULL' if on else 'NORMAL'}")
+
+
+class Database(Connection):
+    """A connection to the database of a queue: its schema, durability, change notice and copies.
+
+    What a command commits is on disk before it returns (`synchronous=FULL`). With `durable=False`, for workers,
+    a power cut may take back the newest steps but leaves none half done.
+    """
+
+    def __init__(self, path: str, busy_timeout_s: float = BUSY_TIMEOUT_S, *, durable: bool = True) -> None:
+        super().__init__(path, busy_timeout_s)
+        try:
+            self._bring_up()
+            self.commits = 0
+            self.wait_for_disk(durable)
+            if not durable:
+                self.run(f"PRAGMA wal_autocheckpoint = {WORKER_CHECKPOINT_PAGES}")
+                self.run(f"PRAGMA cache_size = -{WORKER_CACHE_KIB}")
+        except StoreError:
+            self.close()
+            raise
+
+    # ---- schema
+
+    def _bring_up(self) -> None:
+        """Create or migrate the schema. Refuse a newer schema and the database of another program."""
+        if self._schema_version() == len(MIGRATIONS):
+            return
+        self.run(f"PRAGMA page_size = {PAGE_BYTES}")
+        if self.one("PRAGMA journal_mode = WAL")[0] != "wal":
+            raise StoreError(f"{self.path} lies on a file system that cannot hold a WAL database; use a local one")
+        with self.writing():  # two processes may be here at once, so read the version again inside
+            version = self._schema_version()
+            for _, statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    self.run(statement)
+            if version:  # workers of the older queuectl claim nothing from this moment on
+                self.run("UPDATE workers SET stop = 'finish' WHERE stop IS NULL")
+            self.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    def _schema_version(self) -> int:
+        """Return the version of the schema. Raise StoreError if it is newer than this file, or not ours."""
+        version, application, has_tables, _ = (
+            self.one(  # in one statement, because another process may be creating the schema
+                """SELECT user_version, application_id, EXISTS (SELECT 1 FROM sqlite_master),
+                json_array()  -- an SQLite before 3.38 may have been built without it
+            FROM pragma_user_version, pragma_application_id"""
+            )
+        )
+        if application != APPLICATION_ID and (version or has_tables):
+            raise StoreError(f"{self.path} is the database of another program; set QUEUECTL_HOME to another directory")
+        if version > len(MIGRATIONS):
+            raise StoreError(f"{self.path} was made by a newer queuectl (schema {version}); upgrade queuectl")
+        return int(version)
+
+    def is_newer(self) -> bool:
+        """Has a newer queuectl brought the schema up since this database was opened?"""
+        return bool(self.one("PRAGMA user_version")[0] > len(MIGRATIONS))
+
+    # ---- statements
+
     # ---- change notice and durability
 
     def commits_seen(self) -> int:
@@ -2626,10 +2637,6 @@ class Database:
     def checkpoint(self) -> None:
         """Copy committed pages from the WAL into the database. This waits for the disk, and blocks nobody."""
         self.run("PRAGMA wal_checkpoint(PASSIVE)")
-
-    def wait_for_disk(self, on: bool) -> None:
-        """Choose whether a commit waits for the disk."""
-        self.run(f"PRAGMA synchronous = {'FULL' if on else 'NORMAL'}")
 
     def sync(self) -> None:
         """Flush all commits to disk, whatever `durable` says. Only a commit that writes a page flushes the WAL."""
@@ -3076,21 +3083,26 @@ class Queries:
         rows = self._db.all(f"SELECT {columns} FROM attempts WHERE job = :seq ORDER BY n", seq=job.seq)
         return [attempt_from_row(row) for row in rows]
 
+
+class Reasons:
+    """Why jobs are not running, and what would bring dead ones back."""
+
+    def __init__(self, db: Database, queries: Queries) -> None:
+        self._db, self._queries = db, queries
+
     def wait_reasons(
         self, jobs: Sequence[Job], workers: list[WorkerRow], queues: Sequence[QueueRow], settings: Settings
     ) -> list[WaitReasons]:
         """Return what keeps each of these jobs from running. `workers` are those that live."""
         rows_of = {row.name: row for row in queues}
-        nothing = QueueRow(
-            "", False, None, dict.fromkeys(State, 0)
-        )  # of a queue whose last job was removed a moment ago
+        nothing = QueueRow("", False, None, dict.fromkeys(State, 0))  # its last job was removed a moment ago
         rows = [rows_of.get(job.queue, nothing) for job in jobs]
         return [
             WaitReasons(
                 self._missing_parents(job) if job.blockers and job.state in WAITING else [],
                 row.paused, row.max_running, row.counts[State.PROCESSING], workers,
                 self.revival(job) if job.blockers and job.state is State.DEAD else Revival(),
-                self.key_holder(job.key) if job.state is State.DEAD else None,
+                self._queries.key_holder(job.key) if job.state is State.DEAD else None,
                 self._timed_out_after_s(job, settings_for(job, settings).job_timeout),
             )
             for job, row in zip(jobs, rows, strict=True)
@@ -3148,6 +3160,13 @@ class Queries:
         )
         is_cut = row and row[0] == EndReason.TIMED_OUT.value and row[1] >= timeout_s
         return max(row[1], timeout_s) if is_cut else None
+
+
+class Statistics:
+    """How the queue has done: times, tallies of attempts, what has waited longest."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     def times(self, newest: int = 10_000) -> list[tuple[int, int, int]]:
         """Return, for the newest completed jobs, when each could first have run, its last start and its end."""
@@ -3250,158 +3269,6 @@ class Jobs:
         self._db, self._queries = db, queries
 
     # ---- in
-
-    def enqueue(
-        self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False, tag_them: bool = False
-    ) -> Enqueued:
-        """Store all jobs or none. Return the id of each, and whether it is new.
-
-        Each spec comes with what an error about it begins with. A job whose key is taken is
-        not stored: the id of the one that bears it is returned. QueueError for an id that exists.
-        However many there are, they are collected in a temporary table first, which holds up
-        nobody, and take little memory. With `tag_them` those without a tag get one that is made up.
-        """
-        self._stage(specs, now)
-        with self._db.writing():
-            row = self._db.one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
-            last = row[0] if row else 0
-            tag = self._make_up_tag(last) if tag_them else None
-            self._insert_staged(last, now, skip_existing, tag)
-            made = self._db.one("SELECT count(*) FROM staged WHERE is_new")[0] if tag_them else 0
-            first = self._db.all(
-                f"{_ANSWERED} ORDER BY n LIMIT {LIST_ROWS}"
-            )  # read before the commit, so that no error can follow it
-            self.fail_some_dependents()
-        with contextlib.suppress(StoreError):  # they are stored; a worker goes on with what is left
-            self.fail_all_dependents()
-        rest = self._db.rows(f"{_ANSWERED} ORDER BY n LIMIT -1 OFFSET {LIST_ROWS}")
-        return Enqueued(((id, bool(is_new)) for rows in (first, rest) for id, is_new in rows), made, tag)
-
-    def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
-        self._db.run(
-            f"""CREATE TEMP TABLE IF NOT EXISTS staged (n INTEGER PRIMARY KEY, id COLLATE NOCASE,
-                {", ".join(_STAGED[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
-        )
-        self._db.run("DELETE FROM staged")
-        rows = (
-            _staged_row({**BLANK, **_as_columns(spec), "created_at": now, "origin": origin}) for origin, spec in specs
-        )
-        columns = (*_STAGED, "origin")
-        with self._db.staging():
-            self._db.insert_many(
-                f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
-            )
-
-    def _insert_staged(self, last: int, now: int, skip_existing: bool, tag: str | None) -> None:
-        """Insert the staged jobs, numbered from `last` + 1; `tag` is for those that have none."""
-        self._skip_existing(skip_existing)
-        self._make_up_ids(last)
-        self._skip_taken_keys()
-        columns = ", ".join(name for name in _STAGED if name != "tag")
-        self._db.run(
-            f"""INSERT INTO jobs (seq, due_at, updated_at, tag, {columns})
-                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, coalesce(tag, :tag), {columns}
-                FROM staged WHERE is_new ORDER BY n""",
-            last=last, now=now, tag=tag,
-        )  # fmt: skip
-        if self._db.one("SELECT 1 FROM staged WHERE after IS NOT NULL LIMIT 1"):
-            self._link_staged(last)
-
-    def _skip_taken_keys(self) -> None:
-        """Give staged jobs whose key is taken the id of the job that bears it, which may be one of them."""
-        if not self._db.one("SELECT 1 FROM staged WHERE key IS NOT NULL LIMIT 1"):
-            return
-        self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_key ON staged (key, is_new) WHERE key IS NOT NULL")
-        holder = f"(SELECT id FROM jobs WHERE jobs.key = staged.key AND jobs.{IS_OPEN})"
-        is_taken = f"is_new AND key IS NOT NULL AND {holder} IS NOT NULL"
-        self._db.run(f"UPDATE staged SET is_new = 0, id = {holder} WHERE {is_taken}")
-        self._db.run(
-            """UPDATE staged SET is_new = 0, id = first.id
-                FROM (SELECT key, min(n) AS n, id FROM staged WHERE is_new AND key IS NOT NULL GROUP BY key) AS first
-                WHERE staged.key = first.key AND staged.n > first.n AND staged.is_new"""
-        )
-
-    def _link_staged(self, last: int) -> None:
-        """Add the dependencies of the staged jobs, which may be on each other in any order."""
-        links = "FROM staged CROSS JOIN json_each(staged.after) AS asked"
-        is_linked = "staged.is_new AND staged.after IS NOT NULL"
-        unknown = self._db.one(
-            f"""SELECT origin, asked.value {links} WHERE {is_linked}
-                AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.id = asked.value) LIMIT 1"""
-        )
-        with _about(unknown[0] if unknown else ""):
-            if unknown:
-                self._queries.get(unknown[1])
-        self._db.run(
-            f"""INSERT OR IGNORE INTO dependencies SELECT parent.seq, :last + staged.n {links}
-                CROSS JOIN jobs AS parent ON parent.id = asked.value WHERE {is_linked}""",
-            last=last,
-        )
-        self._db.run(f"{_COUNT_BLOCKERS} WHERE seq > :last AND after IS NOT NULL", last=last)
-        # Only jobs of the batch can wait for each other in a circle: nothing else waits for them yet.
-        if self._db.one("SELECT 1 FROM dependencies WHERE parent > :last AND parent >= child LIMIT 1", last=last):
-            self._refuse_circle(last)
-
-    def _refuse_circle(self, last: int) -> None:
-        """Raise BadInput if new jobs wait for each other in a circle."""
-        links = self._db.rows(
-            "SELECT parent - :last, child - :last FROM dependencies WHERE parent > :last ORDER BY parent", last=last
-        )
-        if link := link_in_circle(links):
-            ids = (self._db.one("SELECT origin, id FROM staged WHERE n = :n", n=n) for n in link)
-            (_, parent), (origin, child) = ids
-            with _about(origin):
-                raise _waits_for_it(child, parent)
-
-    def _make_up_ids(self, last: int) -> None:
-        """Generate ids that are short, never reused, and sort by creation, for up to 268 million jobs."""
-        self._db.run("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
-        while self._db.run(
-            """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
-                OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
-        ):
-            pass  # a user chose an id that we generated
-
-    def _make_up_tag(self, last: int) -> str:
-        """A tag from the number of a batch's first job, which is never used twice, and that nobody has chosen."""
-        tag = f"t{last + 1:07x}"
-        while self._db.one("SELECT 1 FROM jobs WHERE tag = :tag LIMIT 1", tag=tag):
-            tag += "x"
-        return tag
-
-    def _skip_existing(self, skip_existing: bool) -> None:
-        """Skip staged ids that exist in the queue or occur above. Raise QueueError unless `skip_existing`."""
-        if not self._db.one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
-            return
-        self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
-        self._db.run(
-            """UPDATE staged SET is_new = 0 WHERE id IN (SELECT id FROM jobs) OR EXISTS (
-                SELECT 1 FROM staged AS above WHERE above.id = staged.id AND above.n < staged.n)"""
-        )
-        taken = self._db.one("SELECT id, origin FROM staged WHERE NOT is_new ORDER BY n LIMIT 1")
-        if taken and not skip_existing:
-            raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
-
-    def set_parents(self, children: Sequence[Job], parents: Sequence[str]) -> None:
-        """Let jobs wait for others, and for nothing else. What waits for a hopeless one is still to be failed."""
-        found, seqs = [self._queries.get(parent).seq for parent in parents], _to_json([job.seq for job in children])
-        these = "(SELECT value FROM json_each(:children))"
-        self._db.run(f"DELETE FROM dependencies WHERE child IN {these}", children=seqs)
-        row = self._db.one(
-            f"""WITH RECURSIVE above(seq, parent) AS (SELECT value, value FROM json_each(:parents)
-                UNION SELECT dependencies.parent, above.parent FROM dependencies JOIN above ON child = above.seq)
-            SELECT child.id, parent.id FROM above JOIN jobs AS child ON child.seq = above.seq
-                JOIN jobs AS parent ON parent.seq = above.parent WHERE above.seq IN {these} LIMIT 1""",
-            parents=_to_json(found), children=seqs,
-        )  # fmt: skip
-        if row:
-            raise _waits_for_it(*row)
-        self._db.run(
-            """INSERT OR IGNORE INTO dependencies SELECT parent.value, child.value
-                FROM json_each(:parents) AS parent, json_each(:children) AS child""",
-            parents=_to_json(found), children=seqs,
-        )  # fmt: skip
-        self._db.run(f"{_COUNT_BLOCKERS} WHERE seq IN {these}", children=seqs)
 
     def fail_some_dependents(self, limit: int = CASCADE_JOBS) -> bool:
         """Make waiting children of dead and cancelled jobs dead, because those will never complete.
@@ -3569,6 +3436,164 @@ class Jobs:
         return [readable_job(row) for row in rows]
 
 
+class Intake:
+    """The way of jobs into the queue: staged, checked and linked as one batch, and inserted whole or not at all."""
+
+    def __init__(self, db: Database, queries: Queries, jobs: Jobs) -> None:
+        self._db, self._queries, self._jobs = db, queries, jobs
+
+    def enqueue(
+        self, specs: Iterable[tuple[str, Spec]], now: int, *, skip_existing: bool = False, tag_them: bool = False
+    ) -> Enqueued:
+        """Store all jobs or none. Return the id of each, and whether it is new.
+
+        Each spec comes with what an error about it begins with. A job whose key is taken is
+        not stored: the id of the one that bears it is returned. QueueError for an id that exists.
+        However many there are, they are collected in a temporary table first, which holds up
+        nobody, and take little memory. With `tag_them` those without a tag get one that is made up.
+        """
+        self._stage(specs, now)
+        with self._db.writing():
+            row = self._db.one("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'")
+            last = row[0] if row else 0
+            tag = self._make_up_tag(last) if tag_them else None
+            self._insert_staged(last, now, skip_existing, tag)
+            made = self._db.one("SELECT count(*) FROM staged WHERE is_new")[0] if tag_them else 0
+            # Read before the commit, so that no error can follow it.
+            first = self._db.all(f"{_ANSWERED} ORDER BY n LIMIT {LIST_ROWS}")
+            self._jobs.fail_some_dependents()
+        with contextlib.suppress(StoreError):  # they are stored; a worker goes on with what is left
+            self._jobs.fail_all_dependents()
+        rest = self._db.rows(f"{_ANSWERED} ORDER BY n LIMIT -1 OFFSET {LIST_ROWS}")
+        return Enqueued(((id, bool(is_new)) for rows in (first, rest) for id, is_new in rows), made, tag)
+
+    def _stage(self, specs: Iterable[tuple[str, Spec]], now: int) -> None:
+        self._db.run(
+            f"""CREATE TEMP TABLE IF NOT EXISTS staged (n INTEGER PRIMARY KEY, id COLLATE NOCASE,
+                {", ".join(_STAGED[1:])}, origin, is_new DEFAULT 1, is_named DEFAULT 1)"""
+        )
+        self._db.run("DELETE FROM staged")
+        rows = (
+            _staged_row({**BLANK, **_as_columns(spec), "created_at": now, "origin": origin}) for origin, spec in specs
+        )
+        columns = (*_STAGED, "origin")
+        with self._db.staging():
+            self._db.insert_many(
+                f"INSERT INTO staged ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows
+            )
+
+    def _insert_staged(self, last: int, now: int, skip_existing: bool, tag: str | None) -> None:
+        """Insert the staged jobs, numbered from `last` + 1; `tag` is for those that have none."""
+        self._skip_existing(skip_existing)
+        self._make_up_ids(last)
+        self._skip_taken_keys()
+        columns = ", ".join(name for name in _STAGED if name != "tag")
+        self._db.run(
+            f"""INSERT INTO jobs (seq, due_at, updated_at, tag, {columns})
+                SELECT :last + n, CASE WHEN run_at > :now THEN run_at END, :now, coalesce(tag, :tag), {columns}
+                FROM staged WHERE is_new ORDER BY n""",
+            last=last, now=now, tag=tag,
+        )  # fmt: skip
+        if self._db.one("SELECT 1 FROM staged WHERE after IS NOT NULL LIMIT 1"):
+            self._link_staged(last)
+
+    def _skip_taken_keys(self) -> None:
+        """Give staged jobs whose key is taken the id of the job that bears it, which may be one of them."""
+        if not self._db.one("SELECT 1 FROM staged WHERE key IS NOT NULL LIMIT 1"):
+            return
+        self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_key ON staged (key, is_new) WHERE key IS NOT NULL")
+        holder = f"(SELECT id FROM jobs WHERE jobs.key = staged.key AND jobs.{IS_OPEN})"
+        is_taken = f"is_new AND key IS NOT NULL AND {holder} IS NOT NULL"
+        self._db.run(f"UPDATE staged SET is_new = 0, id = {holder} WHERE {is_taken}")
+        self._db.run(
+            """UPDATE staged SET is_new = 0, id = first.id
+                FROM (SELECT key, min(n) AS n, id FROM staged WHERE is_new AND key IS NOT NULL GROUP BY key) AS first
+                WHERE staged.key = first.key AND staged.n > first.n AND staged.is_new"""
+        )
+
+    def _link_staged(self, last: int) -> None:
+        """Add the dependencies of the staged jobs, which may be on each other in any order."""
+        links = "FROM staged CROSS JOIN json_each(staged.after) AS asked"
+        is_linked = "staged.is_new AND staged.after IS NOT NULL"
+        unknown = self._db.one(
+            f"""SELECT origin, asked.value {links} WHERE {is_linked}
+                AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.id = asked.value) LIMIT 1"""
+        )
+        with _about(unknown[0] if unknown else ""):
+            if unknown:
+                self._queries.get(unknown[1])
+        self._db.run(
+            f"""INSERT OR IGNORE INTO dependencies SELECT parent.seq, :last + staged.n {links}
+                CROSS JOIN jobs AS parent ON parent.id = asked.value WHERE {is_linked}""",
+            last=last,
+        )
+        self._db.run(f"{_COUNT_BLOCKERS} WHERE seq > :last AND after IS NOT NULL", last=last)
+        # Only jobs of the batch can wait for each other in a circle: nothing else waits for them yet.
+        if self._db.one("SELECT 1 FROM dependencies WHERE parent > :last AND parent >= child LIMIT 1", last=last):
+            self._refuse_circle(last)
+
+    def _refuse_circle(self, last: int) -> None:
+        """Raise BadInput if new jobs wait for each other in a circle."""
+        links = self._db.rows(
+            "SELECT parent - :last, child - :last FROM dependencies WHERE parent > :last ORDER BY parent", last=last
+        )
+        if link := link_in_circle(links):
+            ids = (self._db.one("SELECT origin, id FROM staged WHERE n = :n", n=n) for n in link)
+            (_, parent), (origin, child) = ids
+            with _about(origin):
+                raise _waits_for_it(child, parent)
+
+    def _make_up_ids(self, last: int) -> None:
+        """Generate ids that are short, never reused, and sort by creation, for up to 268 million jobs."""
+        self._db.run("UPDATE staged SET id = printf('j%07x', :last + n), is_named = 0 WHERE id IS NULL", last=last)
+        while self._db.run(
+            """UPDATE staged SET id = id || 'x' WHERE NOT is_named AND (id IN (SELECT id FROM jobs)
+                OR id IN (SELECT id FROM staged AS named WHERE is_named))"""
+        ):
+            pass  # a user chose an id that we generated
+
+    def _make_up_tag(self, last: int) -> str:
+        """A tag from the number of a batch's first job, which is never used twice, and that nobody has chosen."""
+        tag = f"t{last + 1:07x}"
+        while self._db.one("SELECT 1 FROM jobs WHERE tag = :tag LIMIT 1", tag=tag):
+            tag += "x"
+        return tag
+
+    def _skip_existing(self, skip_existing: bool) -> None:
+        """Skip staged ids that exist in the queue or occur above. Raise QueueError unless `skip_existing`."""
+        if not self._db.one("SELECT 1 FROM staged WHERE id IS NOT NULL LIMIT 1"):
+            return
+        self._db.run("CREATE INDEX IF NOT EXISTS temp.staged_id ON staged (id)")
+        self._db.run(
+            """UPDATE staged SET is_new = 0 WHERE id IN (SELECT id FROM jobs) OR EXISTS (
+                SELECT 1 FROM staged AS above WHERE above.id = staged.id AND above.n < staged.n)"""
+        )
+        taken = self._db.one("SELECT id, origin FROM staged WHERE NOT is_new ORDER BY n LIMIT 1")
+        if taken and not skip_existing:
+            raise QueueError(f"{taken[1]}job {taken[0]} exists already; choose another id, or --skip-existing")
+
+    def set_parents(self, children: Sequence[Job], parents: Sequence[str]) -> None:
+        """Let jobs wait for others, and for nothing else. What waits for a hopeless one is still to be failed."""
+        found, seqs = [self._queries.get(parent).seq for parent in parents], _to_json([job.seq for job in children])
+        these = "(SELECT value FROM json_each(:children))"
+        self._db.run(f"DELETE FROM dependencies WHERE child IN {these}", children=seqs)
+        row = self._db.one(
+            f"""WITH RECURSIVE above(seq, parent) AS (SELECT value, value FROM json_each(:parents)
+                UNION SELECT dependencies.parent, above.parent FROM dependencies JOIN above ON child = above.seq)
+            SELECT child.id, parent.id FROM above JOIN jobs AS child ON child.seq = above.seq
+                JOIN jobs AS parent ON parent.seq = above.parent WHERE above.seq IN {these} LIMIT 1""",
+            parents=_to_json(found), children=seqs,
+        )  # fmt: skip
+        if row:
+            raise _waits_for_it(*row)
+        self._db.run(
+            """INSERT OR IGNORE INTO dependencies SELECT parent.value, child.value
+                FROM json_each(:parents) AS parent, json_each(:children) AS child""",
+            parents=_to_json(found), children=seqs,
+        )  # fmt: skip
+        self._db.run(f"{_COUNT_BLOCKERS} WHERE seq IN {these}", children=seqs)
+
+
 class Config:
     """The configuration of a home."""
 
@@ -3606,13 +3631,12 @@ class Config:
                 self._db.run("INSERT INTO config VALUES (:key, :value)", key=key, value=_to_json(value))
 
 
-class Changes:
-    """The changes that commands make to stored jobs."""
+class PagedChanges:
+    """The mechanism of changes to stored jobs: page by page, each page in a transaction of its own."""
 
-    def __init__(self, db: Database, jobs: Jobs, queries: Queries, config: Config) -> None:
-        self._db, self._jobs, self._queries, self._config = db, jobs, queries, config
-
-    # ---- page by page
+    def __init__(self, store: Store) -> None:
+        self._db, self._jobs, self._intake, self._queries = store.db, store.jobs, store.intake, store.queries
+        self._config, self._reasons, self._statistics = store.config, store.reasons, store.statistics
 
     def _change(
         self, which: Selection, states: Sequence[State], verb: str, change: Callable[[Sequence[int]], list[_Result]],
@@ -3660,6 +3684,70 @@ class Changes:
         changed = {row[0] for row in rows}
         return [seq for seq in seqs if seq in changed]
 
+    @staticmethod
+    def _as_chosen(job: Job, which: Selection) -> Job:
+        """Return a job as it was selected: open, though it has failed with a job of an earlier page meanwhile."""
+        has_failed = which.is_filter and job.state is State.DEAD and job.failed_parent is not None
+        return job._replace(state=State.PENDING) if has_failed else job
+
+    def _set_fields(self, jobs: Sequence[Job], spec: Spec, now: int) -> list[tuple[Job, Job]]:
+        """Change fields of jobs that do not run. Return each job before and after the change."""
+        seqs, values = [job.seq for job in jobs], _as_columns(spec)
+        columns = "".join(f"{name} = :{name}, " for name in values)
+        if "run_at" in values:  # clearing it keeps a backoff that is running
+            values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
+            columns += f"""due_at = CASE WHEN NOT {IS_WAITING} OR (state = 'failed' AND :run_at IS NULL)
+                THEN due_at ELSE :due END, """
+        ran = [job.seq for job in jobs if job.started_at] if {"queue", "run_at"} & spec.keys() else []
+        with self._keeping_tallies(ran):
+            self._update(seqs, "1", f"{columns}updated_at = :now", **values, now=now)
+        if "after" in spec:
+            self._intake.set_parents(jobs, spec["after"] or ())
+        return list(zip(jobs, self._queries.of(seqs), strict=True))
+
+    def _refuse_fields(self, jobs: Sequence[Job], spec: Spec) -> None:
+        """Raise QueueError if one of these jobs cannot have these fields."""
+        key = spec.get("key")
+        holder = self._queries.key_holder(key)
+        for job in jobs:
+            if job.state in WAITING and "max_retries" in spec:
+                self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
+            if holder not in (None, job.id):
+                raise QueueError(f"job {job.id} cannot take key {key!r}: another bears it")
+            holder = job.id if key is not None and job.state in WAITING else holder
+
+    def _refuse_overdrawn(self, job: Job) -> None:
+        """Raise QueueError for a job that has already used more attempts than it would be allowed."""
+        if job.attempts > settings_for(job, self._config.settings()).max_retries:
+            raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
+
+    @contextlib.contextmanager
+    def _keeping_tallies(self, seqs: Sequence[int]) -> Iterator[None]:
+        """Whatever happens to these jobs inside the block, the tallies stay as they are: a counter never goes down."""
+        before = self._statistics.tallies_of(seqs)
+        yield
+        after = self._statistics.tallies_of(seqs)
+        for name in before | after:
+            if value := before.get(name, 0) - after.get(name, 0):
+                self._db.run(
+                    """INSERT INTO removed_tallies VALUES (:name, :value)
+                        ON CONFLICT DO UPDATE SET value = value + :value""",
+                    name=name, value=value,
+                )  # fmt: skip
+
+    def _among(self, seqs: Sequence[int], chosen: Snapshot) -> list[int]:
+        """Return those of these jobs that were chosen."""
+        rows = self._db.all(
+            f"SELECT value FROM json_each(:seqs) WHERE value IN {chosen.sql} ORDER BY key", seqs=_to_json(seqs)
+        )
+        return [row[0] for row in rows]
+
+
+class Changes(PagedChanges):
+    """The changes that commands make to stored jobs."""
+
+    # ---- page by page
+
     def set_hold(self, which: Selection, hold: bool, now: int) -> Iterator[str]:
         """Hold or release waiting jobs, and yield their ids."""
 
@@ -3689,12 +3777,6 @@ class Changes:
 
         return self._change(which, OPEN if which.is_filter else list(State), "cancelled", change)
 
-    @staticmethod
-    def _as_chosen(job: Job, which: Selection) -> Job:
-        """Return a job as it was selected: open, though it has failed with a job of an earlier page meanwhile."""
-        has_failed = which.is_filter and job.state is State.DEAD and job.failed_parent is not None
-        return job._replace(state=State.PENDING) if has_failed else job
-
     def edit(self, which: Selection, spec: Spec, now: int) -> Iterator[tuple[Job, Job]]:
         """Change fields of waiting and of dead jobs. Dead jobs stay dead. Yield each job before and after it."""
 
@@ -3710,36 +3792,55 @@ class Changes:
 
         return self._change(which, EDITABLE, "edited", change, check)
 
-    def _refuse_fields(self, jobs: Sequence[Job], spec: Spec) -> None:
-        """Raise QueueError if one of these jobs cannot have these fields."""
-        key = spec.get("key")
-        holder = self._queries.key_holder(key)
-        for job in jobs:
-            if job.state in WAITING and "max_retries" in spec:
-                self._refuse_overdrawn(job._replace(max_retries=spec["max_retries"]))
-            if holder not in (None, job.id):
-                raise QueueError(f"job {job.id} cannot take key {key!r}: another bears it")
-            holder = job.id if key is not None and job.state in WAITING else holder
+    def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
+        """Remove jobs that ended before a moment, and yield the ids of each batch.
 
-    def _set_fields(self, jobs: Sequence[Job], spec: Spec, now: int) -> list[tuple[Job, Job]]:
-        """Change fields of jobs that do not run. Return each job before and after the change."""
-        seqs, values = [job.seq for job in jobs], _as_columns(spec)
-        columns = "".join(f"{name} = :{name}, " for name in values)
-        if "run_at" in values:  # clearing it keeps a backoff that is running
-            values["due"] = values["run_at"] if (values["run_at"] or 0) > now else None
-            columns += f"""due_at = CASE WHEN NOT {IS_WAITING} OR (state = 'failed' AND :run_at IS NULL)
-                THEN due_at ELSE :due END, """
-        ran = [job.seq for job in jobs if job.started_at] if {"queue", "run_at"} & spec.keys() else []
-        with self._keeping_tallies(ran):
-            self._update(seqs, "1", f"{columns}updated_at = :now", **values, now=now)
-        if "after" in spec:
-            self._jobs.set_parents(jobs, spec["after"] or ())
-        return list(zip(jobs, self._queries.of(seqs), strict=True))
+        The transactions are so small, and so far apart, that no worker waits for long, nor for the disk: a power
+        cut may bring the newest of them back.
+        """
+        self._db.wait_for_disk(False)
+        for state in states:
+            seq = 0
+            while rows := self._prune_batch(state, seq, before, batch, dry_run):
+                yield [row[1] for row in rows]
+                seq = rows[-1][0]
+                time.sleep(0 if dry_run else PAGE_PAUSE_S)
+        self._db.wait_for_disk(True)
+        if not dry_run:
+            with contextlib.suppress(StoreError), self._db.writing():  # rows that count 0 are harmless
+                self._db.run("DELETE FROM counts WHERE n = 0")
 
-    def _refuse_overdrawn(self, job: Job) -> None:
-        """Raise QueueError for a job that has already used more attempts than it would be allowed."""
-        if job.attempts > settings_for(job, self._config.settings()).max_retries:
-            raise QueueError(f"job {job.id} has no retry left with that: cancel it, or allow {job.attempts} at least")
+    def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
+        with contextlib.nullcontext() if dry_run else self._db.writing():
+            rows = self._db.all(
+                """SELECT seq, id FROM jobs WHERE state = :state AND seq > :seq AND finished_at < :before
+                    ORDER BY seq LIMIT :batch""",
+                state=state.value, seq=seq, before=before, batch=batch,
+            )  # fmt: skip
+            if not dry_run:
+                self._remove([row[0] for row in rows])
+        return rows
+
+    def purge_dead(self, which: Selection) -> Iterator[str]:
+        """Remove dead jobs, and yield their ids. The caller removes their logs."""
+
+        def change(seqs: Sequence[int]) -> list[str]:
+            dead = [job for job in self._queries.of(seqs) if job.state is State.DEAD]
+            self._remove([job.seq for job in dead])
+            return [job.id for job in dead]
+
+        return self._change(which, [State.DEAD], "purged", change)
+
+    def _remove(self, seqs: Sequence[int]) -> None:
+        """Remove jobs, and keep their contribution to the tallies, which never decrease."""
+        while self._jobs.fail_some_dependents():
+            pass  # what waits for them would never be failed once they are gone
+        with self._keeping_tallies(seqs):
+            self._db.run("DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs))", seqs=_to_json(seqs))
+
+
+class Reruns(PagedChanges):
+    """The return of ended jobs to `pending`."""
 
     def retry_dead(self, which: Selection, now: int, spec: Spec | None = None) -> Iterator[str]:
         """Dead jobs back to `pending`, as `rerun` does it."""
@@ -3828,7 +3929,7 @@ class Changes:
 
     def _why_still_ended(self, job: Job, verb: str) -> str:
         """Say why a named job could not come back, with its new fields set."""
-        revival = self._queries.revival(job)
+        revival = self._reasons.revival(job)
         if tops := [self._queries.get(id) for id in revival.ids if id != job.id]:
             remedy = remedy_of_dead(job, WaitReasons([], False, None, 0, [], revival))
             why = f"waited for {tops[0].id}, which is {tops[0].state.value}"
@@ -3871,73 +3972,6 @@ class Changes:
             seqs=_to_json(seqs), back=_to_json(back),
         )  # fmt: skip
         self._jobs.fail_some_dependents()
-
-    def _among(self, seqs: Sequence[int], chosen: Snapshot) -> list[int]:
-        """Return those of these jobs that were chosen."""
-        rows = self._db.all(
-            f"SELECT value FROM json_each(:seqs) WHERE value IN {chosen.sql} ORDER BY key", seqs=_to_json(seqs)
-        )
-        return [row[0] for row in rows]
-
-    def prune(self, states: Sequence[State], before: int, *, dry_run: bool, batch: int = 100) -> Iterator[list[str]]:
-        """Remove jobs that ended before a moment, and yield the ids of each batch.
-
-        The transactions are so small, and so far apart, that no worker waits for long, nor for the disk: a power
-        cut may bring the newest of them back.
-        """
-        self._db.wait_for_disk(False)
-        for state in states:
-            seq = 0
-            while rows := self._prune_batch(state, seq, before, batch, dry_run):
-                yield [row[1] for row in rows]
-                seq = rows[-1][0]
-                time.sleep(0 if dry_run else PAGE_PAUSE_S)
-        self._db.wait_for_disk(True)
-        if not dry_run:
-            with contextlib.suppress(StoreError), self._db.writing():  # rows that count 0 are harmless
-                self._db.run("DELETE FROM counts WHERE n = 0")
-
-    def _prune_batch(self, state: State, seq: int, before: int, batch: int, dry_run: bool) -> list[Any]:
-        with contextlib.nullcontext() if dry_run else self._db.writing():
-            rows = self._db.all(
-                """SELECT seq, id FROM jobs WHERE state = :state AND seq > :seq AND finished_at < :before
-                    ORDER BY seq LIMIT :batch""",
-                state=state.value, seq=seq, before=before, batch=batch,
-            )  # fmt: skip
-            if not dry_run:
-                self._remove([row[0] for row in rows])
-        return rows
-
-    def purge_dead(self, which: Selection) -> Iterator[str]:
-        """Remove dead jobs, and yield their ids. The caller removes their logs."""
-
-        def change(seqs: Sequence[int]) -> list[str]:
-            dead = [job for job in self._queries.of(seqs) if job.state is State.DEAD]
-            self._remove([job.seq for job in dead])
-            return [job.id for job in dead]
-
-        return self._change(which, [State.DEAD], "purged", change)
-
-    def _remove(self, seqs: Sequence[int]) -> None:
-        """Remove jobs, and keep their contribution to the tallies, which never decrease."""
-        while self._jobs.fail_some_dependents():
-            pass  # what waits for them would never be failed once they are gone
-        with self._keeping_tallies(seqs):
-            self._db.run("DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(:seqs))", seqs=_to_json(seqs))
-
-    @contextlib.contextmanager
-    def _keeping_tallies(self, seqs: Sequence[int]) -> Iterator[None]:
-        """Whatever happens to these jobs inside the block, the tallies stay as they are: a counter never goes down."""
-        before = self._queries.tallies_of(seqs)
-        yield
-        after = self._queries.tallies_of(seqs)
-        for name in before | after:
-            if value := before.get(name, 0) - after.get(name, 0):
-                self._db.run(
-                    """INSERT INTO removed_tallies VALUES (:name, :value)
-                        ON CONFLICT DO UPDATE SET value = value + :value""",
-                    name=name, value=value,
-                )  # fmt: skip
 
 
 class Workers:
@@ -4211,15 +4245,18 @@ class _NumbersUsed(Exception):
 class Store:
     """The queue in its database, by noun.
 
-    Every change but `prune` is one transaction, or part of the one that is open.
+    A change is one transaction, or part of the one that is open; a change of many jobs that were not named by id is
+    one transaction a page.
     """
 
     def __init__(self, db: Database) -> None:
         self.db = db
         self.queries, self.config, self.queues = Queries(db), Config(db), Queues(db)
+        self.reasons, self.statistics = Reasons(db, self.queries), Statistics(db)
         self.jobs = Jobs(db, self.queries)
+        self.intake = Intake(db, self.queries, self.jobs)
         self.upkeep = Upkeep(db, self.jobs, self.config)
-        self.changes = Changes(db, self.jobs, self.queries, self.config)
+        self.changes, self.reruns = Changes(self), Reruns(self)
         self.workers = Workers(db, self.jobs)
 
     def __enter__(self) -> Store:
@@ -6835,6 +6872,14 @@ class Hooks:
                 self._log(f"hook of job {job.id}: {failure}")
 
 
+def remove_stale_log(home: Home, store: Store, job: Job) -> None:
+    """Remove the log of an earlier job with this id that was removed, if its log was not removed yet."""
+    log = home.log(job.id)
+    with contextlib.suppress(StoreError):
+        if is_regular(log) and not store.queries.history(job):
+            remove_log(log)
+
+
 class Duty:
     """A periodic duty of a worker, done while it is idle and while its job runs."""
 
@@ -6971,7 +7016,7 @@ class Worker:
             "QUEUECTL_QUEUE": job.queue,
         }  # fmt: skip
         if job.attempts == 1:
-            self._remove_stale_log(job)
+            remove_stale_log(self._home, self._store, job)
         self._next_poll_s = self._clock.monotonic_s() + POLL_S
         run_tag = run_tag_in(self._database, job.run_tag)
         supervision = Supervision(
@@ -6994,13 +7039,6 @@ class Worker:
                 self._store.workers.set_leftovers(self._row.id, after or None)
                 self._leftovers = after
                 self._ring.log_leftovers(self._row.id, before, after)
-
-    def _remove_stale_log(self, job: Job) -> None:
-        """Remove the log of an earlier job with this id that was removed, if its log was not removed yet."""
-        log = self._home.log(job.id)
-        with contextlib.suppress(StoreError):
-            if is_regular(log) and not self._store.queries.history(job):
-                remove_log(log)
 
     # ---- waiting
 
@@ -7082,7 +7120,7 @@ class Worker:
     def _check_clock(self) -> None:
         if self._conditions.was_clock_set_back():
             self._store.jobs.restart_backoffs(self._clock.now_ms())
-            self._force_claim()
+            self._commits_seen = -1  # what this worker commits itself is no news to its connection
 
     def _fail_dependents(self) -> None:
         """Fail more of what waits for jobs that ended dead or cancelled, where that is too much for one step."""
@@ -7096,11 +7134,8 @@ class Worker:
             if hook := hook_for(state, self._settings):
                 self._hooks.waiting.append((job.id, hook))
         if ended:
-            self._force_claim()
+            self._commits_seen = -1  # what this worker commits itself is no news to its connection
             self._wake_next()  # this worker may be running a job
-
-    def _force_claim(self) -> None:
-        self._commits_seen = -1  # `commits_seen` does not count the commits of this connection
 
 
 # ======================================================================== control
@@ -7549,9 +7584,9 @@ def overview(home: Home, store: Store) -> Overview:
     alive = [row for row in rows if has_living_process(home, row)]
     lost = sum(row.job is not None for row in rows if row not in alive)
     default = store.config.settings().job_timeout
-    by_default, own = store.queries.recent_timeouts(default)
+    by_default, own = store.statistics.recent_timeouts(default)
     counts = store.queries.counts()
-    can_retry = counts[State.DEAD] > 0 and store.queries.can_retry()
+    can_retry = counts[State.DEAD] > 0 and store.reasons.can_retry()
     return Overview(counts, alive, store.queues.all(), lost, by_default, stuck_lines(rows), default, own, can_retry)
 
 
@@ -7561,7 +7596,7 @@ def reason_of(home: Home, store: Store, job: Job) -> Reason:
         if row.leftovers and row.job == job.id:
             return leftovers_reason(row.leftovers)
     living, queues = living_workers(home, store), store.queues.all()
-    [reasons] = store.queries.wait_reasons([job], living, queues, store.config.settings())
+    [reasons] = store.reasons.wait_reasons([job], living, queues, store.config.settings())
     return why_not_running(job, reasons, now_ms())
 
 
@@ -8150,7 +8185,7 @@ def enqueue_command(
         return 0
     with opened() as (home, store):
         with counting(specs) as counted:
-            stored = store.jobs.enqueue(counted, given.now, skip_existing=skip_existing, tag_them=given.wants_tag)
+            stored = store.intake.enqueue(counted, given.now, skip_existing=skip_existing, tag_them=given.wants_tag)
         wake_worker(home, store, echo_err)
         ids = show_enqueued(stored, as_json, wait)
         prepared.tell(echo_err)
@@ -8526,7 +8561,7 @@ def print_jobs(home: Home, store: Store, jobs: Iterable[Job], names: Sequence[st
         echo(column_line(job, names) for job in jobs)
     else:
         living, queues, shown = living_workers(home, store), store.queues.all(), list(jobs)
-        found = store.queries.wait_reasons(shown, living, queues, store.config.settings())
+        found = store.reasons.wait_reasons(shown, living, queues, store.config.settings())
         echo(job_lines(shown, found, more, now_ms(), width()))
 
 
@@ -8667,7 +8702,7 @@ def rerun_command(home: Home, store: Store, which: Selection, spec: Spec, as_jso
     Fields are changed before the job can start, and a command after -- replaces theirs. With ids, --queue and
     --tag are new values; without, they choose the jobs.
     """
-    done = store.changes.rerun(which, now_ms(), spec)
+    done = store.reruns.rerun(which, now_ms(), spec)
     wake_worker(home, store, echo_err)
     echo_done(done, "pending again", as_json)
 
@@ -8704,7 +8739,7 @@ def dlq_retry_command(home: Home, store: Store, which: Selection, spec: Spec, as
     Fields are changed before the job can start, and a command after -- replaces theirs. With ids, --queue and
     --tag are new values; without, they choose the jobs.
     """
-    done = store.changes.retry_dead(which, now_ms(), spec)
+    done = store.reruns.retry_dead(which, now_ms(), spec)
     wake_worker(home, store, echo_err)
     echo_done(done, "pending again", as_json)
 
@@ -8937,10 +8972,10 @@ def metrics_command(home: Home, store: Store, prometheus: bool, as_json: bool) -
     if prometheus:
         now = now_ms()
         versions = {"version": __version__, "python": python_version(), "sqlite": sqlite_version()}
-        oldest = store.queries.oldest_waiting(now)
-        echo(prometheus_lines(overview(home, store), store.queries.tallies(), oldest, now, versions))
+        oldest = store.statistics.oldest_waiting(now)
+        echo(prometheus_lines(overview(home, store), store.statistics.tallies(), oldest, now, versions))
         return
-    found = metrics_json(store.queries.counts(), store.queries.times(), store.queries.tallies())
+    found = metrics_json(store.queries.counts(), store.statistics.times(), store.statistics.tallies())
     answer(as_json, found, shown_here(metrics_lines(found)))
 
 

@@ -212,7 +212,7 @@ class Home:
         """Store jobs in one transaction."""
         now = q.now_ms()
         specs = [("", q.check_job({"cwd": str(self.work), **job}, now)) for job in jobs]
-        return [id for id, _ in self.store.jobs.enqueue(specs, now)]
+        return [id for id, _ in self.store.intake.enqueue(specs, now)]
 
     def job(self, id: str) -> q.Job:
         """A job as it is now."""
@@ -1842,10 +1842,10 @@ def test_schema_brought_up_from_1_0_0_keeps_what_is_beside_the_jobs(home: Home) 
         same((worker.queues, worker.drain, worker.started_at, worker.job), (["default", "q"], True, 1000, "processing"))
         paused = [(queue.name, queue.max_running) for queue in store.queues.all() if queue.paused]
         same((paused, store.config.settings().max_retries), ([("q", 2)], 7))
-        tallies = store.queries.tallies()
+        tallies = store.statistics.tallies()
         same([tallies[name] for name in ("run count", "run cpu", "run sum")], [4, 0.75, 2.0])
         spec = q.check_fields({"command": "true", "cwd": "/", "after": ["all"]}, 0)
-        same(list(store.jobs.enqueue([("", spec)], 7000)), [("j0000009", True)])
+        same(list(store.intake.enqueue([("", spec)], 7000)), [("j0000009", True)])
         store.jobs.finish(store.queries.get("processing"), exited(0), q.Settings(), 8000)
         same((store.queries.get("all").blockers, store.upkeep.miscounts()), (0, []))
 
@@ -2056,7 +2056,7 @@ def test_store_says_in_one_line_that_another_program_holds_it(home: Home) -> Non
             q.open_store(home.home.database, 0.05) as store,
             refuses(q.StoreBusy, "another program holds", "nothing was"),
         ):
-            store.jobs.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
+            store.intake.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
         same([job["id"] for job in home.json("list")], ["a"])
     same(len(home.store.queries.jobs()), 1)
 
@@ -2082,7 +2082,7 @@ def test_enqueue_from_a_slow_pipe_keeps_nobody_waiting(home: Home) -> None:
     process.stdin.flush()
     try:
         with q.open_store(home.home.database, 3.0) as store:
-            store.jobs.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
+            store.intake.enqueue([("", q.check_fields({"command": "x", "cwd": "/"}, 0))], 1)
     finally:
         process.communicate(timeout=DEADLINE_S)
     same((process.returncode, len(home.store.queries.jobs())), (0, 20_002))
@@ -2135,7 +2135,7 @@ def test_enqueue_ids_are_unique_without_regard_to_case(home: Home) -> None:
     with refuses(q.QueueError, "exists"):
         home.add(id="jOB")
     spec = q.check_fields({"command": "x", "id": "JOB", "cwd": "/"}, 0)
-    same(list(home.store.jobs.enqueue([("", spec)], 0, skip_existing=True)), [("JOB", False)])
+    same(list(home.store.intake.enqueue([("", spec)], 0, skip_existing=True)), [("JOB", False)])
     same(len(home.store.queries.jobs()), 1)
 
 
@@ -2246,7 +2246,7 @@ def test_dlq_retry_brings_the_children_back(home: Home) -> None:
     home.add(id="c", after=["b"])
     worker = home.worker_row()
     home.store.jobs.finish(home.claim(worker), exited(1), q.Settings(), 1)
-    home.store.changes.retry_dead(q.Selection(["a"]), 2)
+    home.store.reruns.retry_dead(q.Selection(["a"]), 2)
     same([(home.state(id), home.job(id).attempts) for id in "abc"], [("pending", 0)] * 3)
     for id in "abc":
         job = home.claim(worker)
@@ -2261,7 +2261,7 @@ def test_dlq_retry_keeps_the_time_before_which_a_job_shall_not_run(home: Home) -
     worker = home.worker_row()
     home.store.jobs.finish(home.claim(worker), exited(1), q.Settings(), 1)
     assert "waited for a" in (home.job("b").error or "")
-    home.store.changes.retry_dead(q.Selection(["a"]), 2)
+    home.store.reruns.retry_dead(q.Selection(["a"]), 2)
     home.store.jobs.finish(home.claim(worker, 3), exited(0), q.Settings(), 3)
     same((home.job("b").due_at, home.job("b").error, home.store.jobs.claim(worker, None, 8)), (9000, None, None))
     same(home.claim(worker, 9000).id, "b")
@@ -2648,7 +2648,7 @@ def test_changes_of_many_go_page_by_page(home: Home) -> None:
     same(home.job(f"n{many - 1}").state, q.State.DEAD)
     same(len(list(done_jobs)), many + 1)
     same(home.store.queries.counts()[q.State.CANCELLED], many + 1)
-    same(len(list(home.store.changes.rerun(tagged, 3))), many + 1)
+    same(len(list(home.store.reruns.rerun(tagged, 3))), many + 1)
     same(home.store.queries.counts()[q.State.PENDING], many + 1)
     counters_equal_rows(home)
 
@@ -2686,7 +2686,7 @@ def test_dependents_of_a_dead_job_fail_in_short_steps(home: Home) -> None:
     home.start()
     until(lambda: home.store.queries.counts()[q.State.DEAD] == many + 2)
     assert "waited for root, which is dead" in str(home.job("below").error)
-    list(home.store.changes.retry_dead(q.Selection(["root"]), 3))
+    list(home.store.reruns.retry_dead(q.Selection(["root"]), 3))
     same(home.store.queries.counts()[q.State.DEAD], 0)
 
 
@@ -2744,7 +2744,7 @@ def test_oldest_waiting_is_found_whatever_its_priority(home: Home) -> None:
     for id, age_s in ages.items():
         home.sql(f"UPDATE jobs SET created_at = {now - age_s * 1000} WHERE id = '{id}'")
     home.sql(f"UPDATE jobs SET due_at = {now - 5000}, run_at = {now - 5000} WHERE id = 'c1'")
-    same({queue: now - since for queue, since in home.store.queries.oldest_waiting(now).items()},
+    same({queue: now - since for queue, since in home.store.statistics.oldest_waiting(now).items()},
          {"a": 50_000, "b": 7000, "c": 5000})  # fmt: skip
 
 
@@ -2783,11 +2783,11 @@ def test_tallies_never_go_down(home: Home) -> None:
     for n in range(4):
         now = q.now_ms()
         home.store.jobs.finish(home.claim(worker, now), exited(n % 2)._replace(cpu_s=0.5), q.Settings(), now + 700)
-    before = home.store.queries.tallies()
+    before = home.store.statistics.tallies()
     same((before["run count"], round(before["run sum"], 3), before["run cpu"]), (4, 2.8, 2.0))
     home.store.changes.purge_dead(q.EVERY_JOB)
     list(home.store.changes.prune(q.ENDED, 10**15, dry_run=False))
-    same(({k: round(v, 6) for k, v in home.store.queries.tallies().items() if v}, home.store.queries.jobs()),
+    same(({k: round(v, 6) for k, v in home.store.statistics.tallies().items() if v}, home.store.queries.jobs()),
          ({k: round(v, 6) for k, v in before.items() if v}, []))  # fmt: skip
 
 
@@ -2796,11 +2796,11 @@ def test_tallies_stay_though_a_job_is_edited(home: Home) -> None:
     home.add(id="a", queue="one", backoff_base=0.001)
     home.sql("UPDATE jobs SET created_at = created_at - 5000")
     home.store.jobs.finish(home.claim(home.worker_row()), exited(1), q.Settings(), q.now_ms())
-    before = home.store.queries.tallies()
+    before = home.store.statistics.tallies()
     same((before["wait count one"], before["wait 1"], before["wait 10"], before["result failed"]), (1, 0, 1, 1))
     home.run("edit", "a", "--queue", "two")
     home.run("edit", "a", "--run-at", "2100-01-01")
-    after = home.store.queries.tallies()
+    after = home.store.statistics.tallies()
     same({name: value for name, value in before.items() if after.get(name, 0) < value}, {})
 
 
@@ -2831,7 +2831,7 @@ def test_counts_equal_rows_whatever_happens(home: Home) -> None:
             parents = [dice.choice(home.store.queries.jobs()).id] if n > 5 and dice.random() < 0.3 else []
             home.add(queue=dice.choice("xy"), after=parents, max_retries=1, snooze=dice.random() < 0.2)
         if n % 50 == 49:
-            home.store.changes.retry_dead(q.EVERY_JOB, n)
+            home.store.reruns.retry_dead(q.EVERY_JOB, n)
             home.store.changes.purge_dead(q.EVERY_JOB)
     counters_equal_rows(home)
 
@@ -3094,8 +3094,8 @@ def test_dlq_retry_killed_midway_retries_whole_pages(home: Home) -> None:
     """`dlq retry --all` killed in a page leaves the pages before it retried, and the next one brings all back."""
     bury_many(home, q.PAGE_JOBS + 100)
     patch = """
-revive, seen = q.Changes._reopen, []
-q.Changes._reopen = lambda *words: seen.append(1) or revive(*words) if not seen else (revive(*words), die())
+revive, seen = q.Reruns._reopen, []
+q.Reruns._reopen = lambda *words: seen.append(1) or revive(*words) if not seen else (revive(*words), die())
 q.cli(["dlq", "retry", "--all"])"""
     killed(child(home, patch))
     same(home.store.queries.counts()[q.State.DEAD], 100)
@@ -6944,7 +6944,7 @@ def end(home, worker):
         for job in store.jobs.running_jobs(worker):
             store.jobs.finish(job, q.Outcome(q.EndReason.EXITED, 0), q.Settings(), 1)
         list(store.changes.prune([q.State.COMPLETED], 10**15, dry_run=False))
-        store.jobs.enqueue([("", q.check_job({"command": "x", "cwd": "/"}, 1))], 1)
+        store.intake.enqueue([("", q.check_job({"command": "x", "cwd": "/"}, 1))], 1)
     return True
 q.ring = end
 q.main()
@@ -7979,6 +7979,17 @@ def test_docs_no_retired_word_comes_back() -> None:
     same(found, [])
 
 
+def test_docs_no_class_and_no_function_is_large() -> None:
+    """No class of queuectl.py has more than 250 lines, no function more than 45, and half have 8 at the most."""
+    nodes = list(ast.walk(ast.parse(SOURCE)))
+    lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in nodes if isinstance(node, ast.ClassDef)}
+    same({name: size for name, size in lines.items() if size > 250}, {})
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    sizes = {f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    same({name: size for name, size in sizes.items() if size > 45}, {})
+    assert sorted(sizes.values())[len(sizes) // 2] <= 8
+
+
 def test_docs_some_sections_are_pure() -> None:
     """What turns values into words and rules into decisions asks neither the clock nor the disk nor the database."""
     pure = {"text", "model", "fields", "templates", "settings", "views"}
@@ -8505,7 +8516,7 @@ class StoreSteps:
         """Take a batch in."""
         batch = [q.check_fields(self.with_parents(fields), self.now) for fields in batch]
         self.agree(
-            lambda: list(self.store.jobs.enqueue([("", dict(spec)) for spec in batch], self.now, skip_existing=skip)),
+            lambda: list(self.store.intake.enqueue([("", dict(spec)) for spec in batch], self.now, skip_existing=skip)),
             lambda: self.model.enqueue(batch, skip, self.now),
         )
 
@@ -8591,7 +8602,7 @@ class StoreSteps:
     def run_again(self, which: q.Selection, spec: dict[str, Any], only_dead: bool) -> None:
         """Bring dead jobs, or ended ones, back with changes."""
         spec = q.check_fields(self.with_parents(spec), self.now)
-        do = self.store.changes.retry_dead if only_dead else self.store.changes.rerun
+        do = self.store.reruns.retry_dead if only_dead else self.store.reruns.rerun
 
         def expect() -> list[str]:
             found = self.chosen(which, [q.State.DEAD] if only_dead else q.ENDED)

@@ -2558,11 +2558,11 @@ def test_rerun_changes_all_or_nothing(home: Home) -> None:
 def test_selection_of_nothing_is_never_all(home: Home) -> None:
     """What changes jobs wants to be told which; a state that does not fit chooses none of them."""
     home.add(id="a")
-    changes = home.store.changes
+    changes, reruns = home.store.changes, home.store.reruns
     calls: list[Callable[[q.Selection], Any]] = [
         lambda which: changes.cancel(which, 1), lambda which: changes.set_hold(which, True, 1),
-        lambda which: changes.edit(which, {"priority": 9}, 1), lambda which: changes.retry_dead(which, 1),
-        lambda which: changes.rerun(which, 1), changes.purge_dead,
+        lambda which: changes.edit(which, {"priority": 9}, 1), lambda which: reruns.retry_dead(which, 1),
+        lambda which: reruns.rerun(which, 1), changes.purge_dead,
     ]  # fmt: skip
     before = home.job("a")
     for call in calls:

@@ -3341,7 +3341,8 @@ class Jobs:
     def _claim_row(self, worker: int, queues: Sequence[str] | None, now: int) -> Any:
         with self._db.writing():
             self._promote_due(now)
-            return self._db.one(
+            damaged = self._db.one(_SELECT + f"WHERE {_IS_TIMED} AND due_at >= ''")  # a time is a number
+            return damaged or self._db.one(
                 f"""UPDATE jobs SET state = 'processing', attempts = attempts + 1, worker = :worker,
                     started_at = :now, updated_at = :now, exit_code = NULL, error = NULL
                 WHERE seq = (SELECT seq FROM claimable
@@ -3416,7 +3417,8 @@ class Jobs:
 
     def next_due(self, after: int = 0) -> int | None:
         """Return when the next job comes due after a moment, both in milliseconds since 1970."""
-        row = self._db.one(f"SELECT min(due_at) FROM jobs WHERE {_IS_TIMED} AND due_at > :after", after=after)
+        condition = f"{_IS_TIMED} AND due_at > :after AND due_at < ''"  # what is damaged may be no number
+        row = self._db.one(f"SELECT min(due_at) FROM jobs WHERE {condition}", after=after)
         return cast("int | None", row[0])
 
     def restart_backoffs(self, now: int) -> None:
@@ -4107,6 +4109,14 @@ class Queues:
             self._db.run("DELETE FROM queues WHERE NOT paused AND max_running IS NULL")
 
 
+def damage_remedy(id: str, state: State) -> str:
+    """Return what helps with a job whose row is damaged."""
+    if state in OPEN:
+        return "make it dead: queuectl doctor --repair"
+    command = f"dlq purge {id}" if state is State.DEAD else f"prune --state {state.value}"
+    return f"remove it: queuectl {command}"
+
+
 class Upkeep:
     """The health of a queue: integrity, repair, backup, restore."""
 
@@ -4142,7 +4152,7 @@ class Upkeep:
             + [f"job {id} waits for a wrong number of parents; {mend}" for (id,) in blocked]
             + [f"job {id} waits for one that will never complete; {mend}" for (id,) in unfailed]
             + [f"job {id} is processing with a worker that does not exist; {mend}" for (id,) in ownerless]
-            + [f"job {id}: {error}; remove it: queuectl dlq purge {id}" for _, id, _, error in self.damaged_rows()]
+            + [f"job {id}: {error}; {damage_remedy(id, state)}" for _, id, state, error in self.damaged_rows()]
             + [f"config {key} is damaged, its default holds: queuectl config unset {key}"
                for key in self._config.damaged_keys()]
         )  # fmt: skip

@@ -2951,6 +2951,7 @@ BAD_ROWS = {  # what is set in a row behind queuectl's back, and the word by whi
     "timeout = 'long'": "timeout", "timeout = -1": "timeout", "created_at = 'then'": "created_at",
     "created_at = 9223372036854775807": "a moment", "max_retries = x'00'": "max_retries",
     "ok_codes = '{}'": "ok_codes", "tag = char(27) || '[2J'": "tag", "snooze = 0.5": "snooze",
+    "due_at = 'soon'": "due_at",
     "id = '../' || id": "id", "id = id || char(10)": "id", "env = '" + "[" * 99_999 + "'": "row is damaged",
 }  # fmt: skip
 
@@ -2976,7 +2977,8 @@ def test_row_that_is_damaged_costs_its_own_job_alone(home: Home) -> None:
         assert "its row is damaged" in job["error"], (change, job["error"])
         assert word in job["error"], (change, job["error"])
     found = "\n".join(home.json("doctor", code=1)["problems"])
-    assert all(f"job {id}: its row is damaged" in found for id in changes if "id =" not in changes[id]), found
+    named = [id for id, change in changes.items() if not re.match("id =|due_at", change)]  # that is set anew
+    same([id for id in named if f"job {id}: its row is damaged" not in found], [])
     for words in (["status"], ["list"], ["dlq", "list"], ["show", "bad0"], ["metrics"], ["metrics", "--prometheus"]):
         assert "\x1b" not in home.out(*words), words
     home.run("dlq", "purge", "--all")

@@ -5672,7 +5672,15 @@ else:
 
     def in_one_word(words: Sequence[str]) -> str:
         """Quote words as one argument, as one types it in a shell."""
-        return command_line([command_line(list(words))])
+        quoted = [name + command_line([value]) if name else command_line([value]) for name, value in map(_split, words)]
+        if "=" not in words[0]:
+            quoted[0] = words[0]  # quoted, a keyword or an operator would be the name of a program
+        return command_line([" ".join(quoted)])
+
+    def _split(word: str) -> tuple[str, str]:
+        """Split a word at the end of the `NAME=` at its beginning: quoted, a shell would not see that it sets one."""
+        name = re.match(r"([A-Za-z_]\w*=)?", word)
+        return word[: name.end()] if name else "", word[name.end() :] if name else word
 
     class Leftovers:
         """The processes that remain of a dead worker's attempt.

@@ -5460,11 +5460,12 @@ else:
 
         def __init__(
             self, run_tag: str, command: Command | None, reaper: int = -1,
-            writes: Callable[[int], bool] = lambda pid: False, before_scan: Callable[[], object] = lambda: None,
+            writes: Callable[[int], bool] = lambda pid: False, is_empty: Callable[[], bool] = lambda: False,
         ) -> None:  # fmt: skip
             self._run, self._command, self._reaper = _run_number(run_tag), command, reaper
-            # `writes` tells whether a process has the log open for writing.
-            self._writes, self._before_scan = writes, before_scan
+            # `writes` tells whether a process has the log open for writing; `is_empty` is true only if no process
+            # of the attempt can be left.
+            self._writes, self._is_empty = writes, is_empty
             self._members: set[_Identity] = set()  # all processes that any scan has found
             self._not_permitted: set[_Identity] = set()  # those that this user may not signal
 
@@ -5500,9 +5501,11 @@ else:
         def _signal(self, *numbers: int) -> dict[_Identity, str]:
             """Send signals to each process; return their names.
 
-            The result is empty only if the scan has covered all processes that were created while it ran.
+            The result is empty only if the scan has covered all processes that were created while it ran, or if no
+            scan is needed: a stranger that forks quickly must not keep the attempt from its end.
             """
-            self._before_scan()
+            if self._is_empty():
+                return {}
             found: dict[_Identity, str] = {}
             pids: set[int] = set()
             try:
@@ -5559,7 +5562,7 @@ else:
                 _set_run_number(NO_ATTEMPT)
                 os.chdir("/")  # so that the file system of `cwd` can be unmounted
             self.command = Command(pid, since, _ticks())
-            self._family = _Family(run_tag, self.command, os.getpid(), before_scan=self.poll)
+            self._family = _Family(run_tag, self.command, os.getpid(), is_empty=self._is_childless)
 
         def poll(self) -> Exit | None:
             """Return how the command ended, None while it runs; reap ended orphans too."""
@@ -5568,6 +5571,20 @@ else:
                     if ended[0] == self.command.pid:
                         self._exit = _exit_of(*ended[1:])
             return self._exit
+
+        def _is_childless(self) -> bool:
+            """Reap what has ended, and tell whether this process has no descendant that could be of the attempt.
+
+            On Linux it adopts every orphan among its descendants: without a child it has no descendant.
+            """
+            self.poll()
+            if not _HAS_PROC:  # macOS has no waitid(2) before Python 3.13
+                return False
+            try:
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return _adopts_orphans()
+            return False
 
         def end(self, grace_s: float, meanwhile: Callable[[], None] = lambda: None) -> list[str]:
             """End the command and all that it started: SIGTERM, after the grace SIGKILL; return what remains.
@@ -5733,6 +5750,15 @@ else:
         with contextlib.suppress(AttributeError, OSError):  # only Linux and glibc have these
             _libc().prctl(pr_set_child_subreaper, 1, 0, 0, 0)
             _libc().mallopt(m_trim_threshold, 64 << 20)  # else glibc returns memory after each statement
+
+    def _adopts_orphans() -> bool:
+        """Tell whether this process adopts its orphans (prctl(2))."""
+        import ctypes
+
+        pr_get_child_subreaper, answer = 37, ctypes.c_int()
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+            _libc().prctl(pr_get_child_subreaper, ctypes.byref(answer), 0, 0, 0)
+        return bool(answer.value)
 
     def _open_descriptors() -> list[int]:
         """Return the descriptors of this process, and that of the listing, which is closed again."""

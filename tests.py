@@ -4942,6 +4942,25 @@ print(os.getpid() in [process.pid for process in q._processes()])"""
     same(finished(child(home, busy)).out, "True\n")
 
 
+def test_platform_ends_a_command_on_a_machine_too_busy_to_look_at(home: Home) -> None:
+    """Others that fork without an end, or a look that takes longer than the time-out, keep no command from its end."""
+    if sys.platform != "linux":
+        raise Skip("only Linux has /proc")
+    busy = """
+import itertools
+q.become_worker(lambda: None)
+start = lambda: q.Process(["sleep", "600"], os.getcwd(), dict(os.environ), sys.argv[1], "t@h")
+process, made, seconds = start(), itertools.count(q._newest_pid()), itertools.count(step=60)
+q._newest_pid = lambda: next(made)
+print(process.end(0), process.poll().signal)
+process, time.monotonic = start(), lambda: next(seconds)
+process.end(0)
+while not process.poll():
+    time.sleep(0.01)
+print(process.poll().signal)"""
+    same(finished(child(home, busy, str(home.work / "log"))).out, "[] 9\n9\n")
+
+
 @posix
 def test_platform_looks_at_all_processes_of_a_large_machine(home: Home) -> None:
     """That the first look takes long, as it does where there are thousands of processes, does not end it."""

@@ -4074,6 +4074,7 @@ def test_log_that_its_command_empties_is_followed_and_restored(home: Home) -> No
 
 
 @posix
+@alone  # a user has 128 inotify instances, which many workers at once use up
 def test_log_that_is_emptied_in_a_first_attempt_is_said(home: Home) -> None:
     """Also a short first attempt whose command has emptied its log says so, where the system tells."""
     home.add("echo one; echo two >/dev/stderr; echo three", id="quick")

@@ -6042,7 +6042,7 @@ def terminal_rows() -> int:
     """Return the height of the terminal."""
     import shutil
 
-    return shutil.get_terminal_size().lines
+    return shutil.get_terminal_size().lines or 24  # Python 3.10 returns the 0 of a terminal without a size
 
 
 def has_screen() -> bool:

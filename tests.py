@@ -4945,6 +4945,7 @@ print(os.getpid() in [process.pid for process in q._processes()])"""
     same(finished(child(home, busy)).out, "True\n")
 
 
+@posix
 def test_platform_ends_a_command_on_a_machine_too_busy_to_look_at(home: Home) -> None:
     """Others that fork without an end, or a look that takes longer than the time-out, keep no command from its end."""
     if sys.platform != "linux":
